@@ -1,0 +1,34 @@
+"""
+The one importer of private TRL and transformers names, and where versions are looked at.
+
+Private methods that the trainers override are listed here as well; `tests/test_upstream_contract.py` pins every name.
+"""
+
+from __future__ import annotations
+
+from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.trainer.base_config import _BaseConfig
+from trl.trainer.base_trainer import _BaseTrainer
+
+
+TRAINER_STATE_NAME = "trainer_state.json"
+
+# Overridden by the rounds mixin (transformers.Trainer) and by APOTrainer (trl.DPOTrainer).
+OVERRIDDEN_TRAINER_METHODS = ("_get_output_dir", "_save_checkpoint", "_push_from_checkpoint")
+OVERRIDDEN_DPO_METHODS = ("_precompute_ref_logps",)
+# Read or set on a DPOTrainer.
+DPO_ATTRIBUTES = ("beta", "ref_model", "precompute_ref_logps", "_precompute_model_hash")
+
+__all__ = [
+    "DPO_ATTRIBUTES",
+    "OVERRIDDEN_DPO_METHODS",
+    "OVERRIDDEN_TRAINER_METHODS",
+    "PREFIX_CHECKPOINT_DIR",
+    "TRAINER_STATE_NAME",
+    "CallbackHandler",
+    "TrainerControl",
+    "TrainerState",
+    "_BaseConfig",
+    "_BaseTrainer",
+]

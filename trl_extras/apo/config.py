@@ -1,0 +1,99 @@
+"""Configuration of *accelerated* preference optimization."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from trl import DPOConfig
+
+from ..rounds.config import RoundsConfig, as_list, per_round
+
+
+MOMENTUM_FROM = ("previous_iterate", "reference")
+OUTPUT_POLICY = ("iterate", "extrapolated")
+
+
+@dataclass
+class APOConfig(RoundsConfig, DPOConfig):
+    r"""
+    Configuration of the [`APOTrainer`]: *Accelerated* Preference Optimization (arXiv 2410.06293), which is iterative
+    DPO with an extrapolation of the policy after every round. Not to be confused with *Anchored* Preference
+    Optimization, which TRL has as `loss_type="apo_zero"` and `"apo_down"`.
+
+    The fields of [`~trl.DPOConfig`], those of [`~trl_extras.rounds.RoundsConfig`] (`num_rounds`, `round_epochs`,
+    `round_data`, `keep_iterates`; `num_train_epochs` means epochs a round), and:
+
+    Parameters:
+        extrapolation_alpha (`list[float]`, *optional*, defaults to `[0.3]`):
+            The extrapolation parameter alpha (the paper's value; equation 3.6): one value, or one a round, the t-th
+            used after round t. The last one shows in `output_policy="extrapolated"` only. 0 is iterative DPO.
+        round_beta (`list[float]`, *optional*):
+            One `beta` a round (the paper: 0.01, 0.1, 1.0). Overrides `beta`.
+        momentum_from (`str`, *optional*, defaults to `"previous_iterate"`):
+            Where the momentum starts: `"previous_iterate"`, thetahat_{t+1} - thetahat_t (the paper), or `"reference"`,
+            thetahat_{t+1} - theta_t, its ablation (Table 3, last row), which it finds unstable.
+        output_policy (`str`, *optional*, defaults to `"iterate"`):
+            What the run ends with: `"iterate"`, the last iterate (the paper's Algorithm 1), or `"extrapolated"`, one
+            extrapolation more (with one round this is ExPO, arXiv 2404.16792).
+    """
+
+    extrapolation_alpha: list[float] = field(
+        default_factory=lambda: [0.3],  # the paper, section 5.1
+        metadata={"help": "Extrapolation parameter alpha: one value, or one a round. 0 is iterative DPO."},
+    )
+    round_beta: list[float] | None = field(
+        default=None, metadata={"help": "One `beta` a round (the paper: 0.01 0.1 1.0). Overrides `beta`."}
+    )
+    momentum_from: str = field(
+        default="previous_iterate",
+        metadata={
+            "help": "'previous_iterate': momentum between un-extrapolated iterates (the paper). 'reference': from the "
+            "round's reference (its ablation).",
+            "choices": list(MOMENTUM_FROM),
+        },
+    )
+    output_policy: str = field(
+        default="iterate",
+        metadata={
+            "help": "'iterate': the last iterate (the paper). 'extrapolated': one extrapolation more (ExPO's output).",
+            "choices": list(OUTPUT_POLICY),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # argparse checks choices for flags only: a YAML file or a program can bring anything.
+        for name, choices in (("momentum_from", MOMENTUM_FROM), ("output_policy", OUTPUT_POLICY)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, but wants one of {', '.join(choices)}.")
+        self.validate_rounds()
+        self.extrapolation_alpha = as_list(
+            "extrapolation_alpha",
+            self.extrapolation_alpha,
+            float,
+            lambda alpha: math.isfinite(alpha) and alpha >= 0,
+            "finite numbers of at least 0, one or one a round (the paper: 0.3)",
+        )
+        per_round("extrapolation_alpha", self.extrapolation_alpha, self.num_rounds)
+        if self.round_beta is not None:
+            self.round_beta = as_list(
+                "round_beta",
+                self.round_beta,
+                float,
+                lambda beta: math.isfinite(beta) and beta > 0,
+                "finite numbers above 0, one a round",
+            )
+            if len(self.round_beta) != self.num_rounds:
+                raise ValueError(
+                    f"`round_beta` has {len(self.round_beta)} values, but `num_rounds` is {self.num_rounds}: give one "
+                    "value a round."
+                )
+
+    def alpha_of(self, round_index: int) -> float:
+        """The alpha used after round `round_index`."""
+        return per_round("extrapolation_alpha", self.extrapolation_alpha, self.num_rounds)[round_index]
+
+    def beta_of(self, round_index: int) -> float:
+        """The beta of round `round_index`."""
+        return self.beta if self.round_beta is None else self.round_beta[round_index]

@@ -1,0 +1,188 @@
+"""Model cards: what was trained and how exactly, with no local path and no secret."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+import trl
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from . import __version__
+
+
+# Shown although they have their defaults, because they decide what a run does.
+_ALWAYS = ("learning_rate", "lr_scheduler_type", "optim", "num_train_epochs", "seed", "per_device_train_batch_size")
+# Paths, names and secrets of the machine or account, and what does not change the model.
+_NEVER_PREFIXES = (
+    "hub_", "push_", "logging_", "log_", "report_", "run_", "disable_", "do_", "save_", "eval_", "dataloader_",
+    "local_",
+    "trackio_", "_", "ddp_", "resume_", "output_dir", "deepspeed", "fsdp", "accelerator_", "project", "include_",
+    "parallelism", "restore_", "skip_memory", "metric_for", "greater_is", "load_best", "per_device_eval",
+)  # fmt: skip
+_COLUMNS = (
+    ("round", "round"), ("alpha", "alpha"), ("beta", "beta"), ("epochs", "epochs"), ("last_step", "steps so far"),
+    ("update_norm", "update norm"), ("momentum_norm", "momentum norm"), ("update_cosine", "cosine"),
+    ("loss", "last loss"), ("rewards/accuracies", "accuracy"), ("rewards/margins", "margin"),
+    ("eval_loss", "eval loss"), ("eval_rewards/accuracies", "eval accuracy"), ("eval_rewards/margins", "eval margin"),
+)  # fmt: skip
+
+_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ model_name }}
+
+This model was trained by *accelerated* preference optimization
+([{{ paper_title }}](https://arxiv.org/abs/{{ paper_id }})), with trl-extras {{ version }} on
+[TRL](https://github.com/huggingface/trl) {{ trl_version }}.
+{{ origin }} {{ data }}
+
+In {{ rounds }} each, the policy is trained against a reference that is the policy the round started from; after a
+round the weights are extrapolated, `theta = iterate + alpha * (iterate - previous iterate)`. {{ output }}
+
+## Use
+
+```python
+from transformers import pipeline
+
+generator = pipeline("text-generation", model="{{ repo_id }}")
+messages = [{"role": "user", "content": "What is a good film for a rainy day?"}]
+print(generator(messages, max_new_tokens=64)[0]["generated_text"])
+```
+
+## Rounds
+
+{{ table }}
+
+Norms are Euclidean, over all trained weights: the update is the round's result minus the policy that it started from,
+the momentum is its result minus the result before, the cosine is that between this update and the one before. Accuracy
+and margin are DPO's implicit rewards against the round's own reference.
+
+## Configuration
+
+```yaml
+{{ configuration }}```
+
+transformers {{ transformers_version }}, torch {{ torch_version }}.
+
+## Citation
+
+```bibtex
+{{ citation }}
+```
+"""
+
+
+def build_card(
+    trainer: Any, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+) -> ModelCard:
+    """
+    The card of a model that was trained in rounds.
+
+    Args:
+        trainer: its trainer.
+        model_name, dataset_name, tags: as for [`~trl.DPOTrainer.create_model_card`].
+    """
+    import torch
+
+    args = trainer.args
+    base = getattr(trainer.model.config, "_name_or_path", "") or ""
+    # A base model on this machine has no page to link to, and its path is nobody's business.
+    base_id = (
+        base if base and not Path(base).exists() and base.count("/") <= 1 and not Path(base).is_absolute() else None
+    )
+    if dataset_name and (Path(dataset_name).exists() or Path(dataset_name).is_absolute()):
+        dataset_name = None
+    names = {tags} if isinstance(tags, str) else set(tags or ())
+    names.update(trainer._tag_names, ["trl-extras", "generated_from_trainer"])
+    repo_id = trainer.hub_model_id or model_name or Path(args.output_dir).name
+    data = ModelCardData(
+        base_model=base_id,
+        datasets=dataset_name,
+        library_name="transformers",
+        model_name=model_name or repo_id.split("/")[-1],
+        tags=sorted(names),
+        license=None,
+    )
+    rounds = f"{args.num_rounds} round" + ("s of" if args.num_rounds > 1 else " of")
+    epochs = sorted(set(args.epochs_of_rounds())) if args.num_rounds > 1 else [args.num_train_epochs]
+    span = f"{epochs[0]:g}" if len(epochs) == 1 else f"{epochs[0]:g} to {epochs[-1]:g}"
+    return ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE,
+        version=__version__,
+        trl_version=trl.__version__,
+        transformers_version=transformers.__version__,
+        torch_version=torch.__version__,
+        repo_id=repo_id,
+        model_name=data.model_name,
+        paper_title=trainer._paper["title"],
+        paper_id=trainer._paper["id"],
+        citation=trainer._paper["citation"],
+        origin=(
+            f"It started from [{base_id}](https://huggingface.co/{base_id})."
+            if base_id
+            else "It started from a model that is not on the Hub."
+        ),
+        data=f"The preferences are [{dataset_name}](https://huggingface.co/datasets/{dataset_name})."
+        if dataset_name
+        else "",
+        rounds=f"{rounds} {span} epoch{'' if span == '1' else 's'}",
+        output=(
+            "The output is the last iterate, not extrapolated."
+            if getattr(args, "output_policy", "iterate") == "iterate"
+            else "The output is the last iterate, extrapolated once more."
+        ),
+        table=round_table(trainer.round_summaries),
+        configuration=yaml.safe_dump(_configuration(args), sort_keys=True, allow_unicode=True),
+    )
+
+
+def round_table(summaries: list[dict[str, Any]]) -> str:
+    """A Markdown table with a row a round, of the columns that have values; rounds are counted from 1."""
+    if not summaries:
+        return "No round is finished yet."
+    rows = []
+    for summary in summaries:
+        flat = {
+            **(summary.get("train") or {}),
+            **{f"eval_{k}": v for k, v in (summary.get("eval") or {}).items()},
+            **summary,
+        }
+        rows.append({**flat, "round": summary["round"] + 1})
+    columns = [(key, title) for key, title in _COLUMNS if any(row.get(key) is not None for row in rows)]
+    lines = ["| " + " | ".join(title for _, title in columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row.get(key)) for key, _ in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _configuration(args: Any) -> dict[str, Any]:
+    """Every setting that differs from its default or is always shown; nothing that names this machine."""
+    values = args.to_dict()
+    defaults = {name: field.default for name, field in type(args).__dataclass_fields__.items()}
+    own = set(type(args).__dataclass_fields__) - set(transformers.TrainingArguments.__dataclass_fields__)
+    shown = {}
+    for name, value in values.items():
+        if name.startswith(_NEVER_PREFIXES) or not isinstance(value, (str, int, float, bool, list, dict, type(None))):
+            continue
+        if name in _ALWAYS or name in own or value != defaults.get(name):
+            shown[name] = value
+    # Arguments for loading may name files of this machine.
+    kwargs = shown.pop("model_init_kwargs", None)
+    if isinstance(kwargs, dict):
+        plain = {
+            key: str(value) for key, value in kwargs.items() if value is not None and key in ("dtype", "revision")
+        }
+        if plain:
+            shown["model_init_kwargs"] = plain
+    # "<NAME>" is what transformers shows in place of a secret.
+    return {name: value for name, value in shown.items() if value is not None and not str(value).startswith("<")}

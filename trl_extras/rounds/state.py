@@ -1,0 +1,261 @@
+"""
+What has to survive between rounds: the interface to "the weights", and the folders in `output_dir/_rounds`.
+
+    _rounds/run.json                      which run these rounds belong to
+    _rounds/round-0002/manifest.json      what the folder holds; written last
+    _rounds/round-0002/iterate/           thetahat_2, the policy that round 1 ended with (transformers loads it)
+    _rounds/round-0002/policy/            theta_2, the policy and reference that round 2 starts from, if it differs
+    _rounds/round-0002/previous_policy/   theta_1, for the cosine between two updates (links)
+    _rounds/round-0002/*.safetensors      what the method adds, such as reference log-probabilities
+    _rounds/round-0002/data.parquet       the round's rows, if a data builder made them
+    _rounds/iterates/2/                   with `keep_iterates`, thetahat_2 (links)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import safe_open
+from torch import Tensor
+from transformers.utils import logging
+
+from .. import state_dicts
+from . import durable
+
+
+ROUNDS_DIR = "_rounds"
+STATE_VERSION = 1
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+class WeightsFolder:
+    """The tensors of a folder written by `TrainableState.save`, read one at a time."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        index = folder / _INDEX
+        self._files: dict[str, str] = {}
+        if index.is_file():
+            self._files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        else:
+            with safe_open(folder / _SINGLE, framework="pt") as file:
+                self._files = dict.fromkeys(file.keys(), _SINGLE)
+        self._open: tuple[str, Any] | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __getitem__(self, name: str) -> Tensor:
+        file_name = self._files[name]
+        if self._open is None or self._open[0] != file_name:
+            # One open file at a time: its pages count as this process's memory while it is mapped.
+            self._open = (file_name, safe_open(self.folder / file_name, framework="pt"))
+        return self._open[1].get_tensor(name)
+
+
+class TrainableState(ABC):
+    """
+    What "the weights" of a run are. The rounds save, load, compare and extrapolate them through this interface alone,
+    so that adapters and sharded parameters are other implementations of it.
+
+    All processes call every method; only those with `write=True` write.
+    """
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that one saved copy takes on disk."""
+
+    @abstractmethod
+    def save(self, folder: Path, write: bool) -> None:
+        """Write the current weights to a folder that plain transformers loads."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Copy saved weights into the live ones, in place."""
+
+    @abstractmethod
+    def copy_to(self, reference: torch.nn.Module) -> None:
+        """Copy the live weights into the reference model, in place."""
+
+    @abstractmethod
+    def load_into(self, reference: torch.nn.Module, folder: Path) -> None:
+        """Copy saved weights into the reference model, in place."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash of the live weights: equal for equal bits."""
+
+    @abstractmethod
+    def non_finite(self) -> str | None:
+        """The name of the first weight that holds a nan or an infinity, or None."""
+
+    @abstractmethod
+    def extrapolate(self, previous: Path, alpha: float) -> None:
+        """thetahat + alpha * (thetahat - previous) of the live weights thetahat, in place."""
+
+    @abstractmethod
+    def distances(self, policy: Path, iterate: Path, previous_policy: Path | None) -> dict[str, float | None]:
+        """
+        How far a round has moved: with the live weights thetahat_{t+1}, and theta_t, thetahat_t, theta_{t-1} on disk,
+        `update_norm` = |thetahat_{t+1} - theta_t|, `momentum_norm` = |thetahat_{t+1} - thetahat_t| and
+        `update_cosine`, the cosine between thetahat_{t+1} - theta_t and thetahat_t - theta_{t-1} (None in the first
+        round).
+        """
+
+
+class FullWeights(TrainableState):
+    """All parameters of an unsharded model; every process holds them all."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        # named_parameters yields tied weights once, under the name that save_pretrained keeps.
+        yield from self.model.named_parameters()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.numel() * p.element_size() for _, p in self._parameters())
+
+    def save(self, folder: Path, write: bool) -> None:
+        if not write:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with _no_progress_bars():
+            # In memory's own names: some architectures are saved under older ones, which could not be read back by
+            # name.
+            self.model.save_pretrained(folder, save_original_format=False)  # type: ignore[operator]
+        saved = WeightsFolder(folder)
+        for name, _ in self._parameters():
+            if name not in saved:
+                raise ValueError(
+                    f"{type(self.model).__name__} is not saved under the names it has in memory ({name!r} is "
+                    "missing), "
+                    "so its rounds could not be read back."
+                )
+
+    def load(self, folder: Path) -> None:
+        self.load_into(self.model, folder)
+
+    @torch.no_grad()
+    def load_into(self, reference: torch.nn.Module, folder: Path) -> None:
+        saved = WeightsFolder(folder)
+        for name, parameter in reference.named_parameters():
+            parameter.copy_(saved[name])
+        for name, buffer in reference.named_buffers():
+            if name in saved:
+                buffer.copy_(saved[name])
+
+    @torch.no_grad()
+    def copy_to(self, reference: torch.nn.Module) -> None:
+        source = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        for name, target in [*reference.named_parameters(), *reference.named_buffers()]:
+            target.copy_(source[name])
+
+    def fingerprint(self) -> str:
+        digest = xxhash.xxh3_128()
+        for name, parameter in self._parameters():
+            digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)}".encode())
+            data = parameter.detach().contiguous().cpu().view(-1)
+            if data.numel():
+                digest.update(data.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def non_finite(self) -> str | None:
+        for name, parameter in self._parameters():
+            if parameter.is_floating_point() and parameter.numel():
+                low, high = torch.aminmax(parameter.detach())
+                if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+                    return name
+        return None
+
+    def extrapolate(self, previous: Path, alpha: float) -> None:
+        saved = WeightsFolder(previous)
+        for name, parameter in self._parameters():
+            # A frozen weight has no momentum.
+            if parameter.requires_grad:
+                try:
+                    state_dicts.extrapolate_(parameter, saved[name].to(parameter.dtype), alpha)
+                except ValueError as error:
+                    raise ValueError(f"{name!r}: {error}") from None
+
+    @torch.no_grad()
+    def distances(self, policy: Path, iterate: Path, previous_policy: Path | None) -> dict[str, float | None]:
+        theta, thetahat = WeightsFolder(policy), WeightsFolder(iterate)
+        before = None if previous_policy is None else WeightsFolder(previous_policy)
+        update = momentum = previous = product = 0.0
+        for name, parameter in self._parameters():
+            if not parameter.requires_grad:
+                continue
+            # float32 differences, summed in float64 by `dot`; on the CPU so that they cost the accelerator nothing.
+            live = parameter.detach().cpu().float()
+            moved = live - theta[name].float()
+            update += state_dicts.squared_norm(moved)
+            old = thetahat[name].float()
+            if policy != iterate:
+                momentum += state_dicts.squared_distance(live, old)
+            if before is not None:
+                moved_before = old - before[name].float()
+                previous += state_dicts.squared_norm(moved_before)
+                product += state_dicts.dot(moved, moved_before)
+        return {
+            "update_norm": math.sqrt(update),
+            "momentum_norm": math.sqrt(momentum if policy != iterate else update),
+            "update_cosine": None if before is None else state_dicts.cosine(product, update, previous),
+        }
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """A bar for every copy of the weights would bury the one that shows the training."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+class RoundFolder:
+    """The durable state of one round, at `_rounds/round-000t` of an output folder or of a checkpoint."""
+
+    def __init__(self, parent: Path, round_index: int):
+        self.path = parent / ROUNDS_DIR / f"round-{round_index:04d}"
+        self.round_index = round_index
+
+    @property
+    def iterate(self) -> Path:
+        """thetahat_t."""
+        return self.path / "iterate"
+
+    @property
+    def policy(self) -> Path:
+        """theta_t, which is thetahat_t where nothing was extrapolated."""
+        own = self.path / "policy"
+        return own if own.is_dir() else self.iterate
+
+    @property
+    def previous_policy(self) -> Path | None:
+        """theta_{t-1}, or None in the first round."""
+        own = self.path / "previous_policy"
+        return own if own.is_dir() else None
+
+    def manifest(self, checksums: bool = False) -> dict[str, Any] | None:
+        """The manifest, if the folder is there and whole; None otherwise."""
+        try:
+            manifest = durable.verify(self.path, checksums=checksums)
+        except durable.DamagedStateError:
+            return None
+        return manifest if manifest.get("version") == STATE_VERSION else None

@@ -1,0 +1,1116 @@
+"""
+Rounds inside one `Trainer.train()`: a mixin in front of any DPOTrainer or SFTTrainer subclass.
+
+At the first step of a round the callback below calls `_enter_round`; everything in between is the parent's training,
+untouched. What a method adds (an extrapolation, a reference, a beta) are the hooks `round_settings`, `_transition` and
+`_prepare_round`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import math
+import random
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+import xxhash
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+from transformers.utils import logging
+
+from .. import __version__
+from .._compat import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
+from . import checkpoints, durable
+from .data import RoundDataBuilder, RoundDataset, group_keys, split_folds
+from .plan import RoundPlan, restarting
+from .state import ROUNDS_DIR, STATE_VERSION, FullWeights, RoundFolder, TrainableState
+
+
+if TYPE_CHECKING:
+    # For the type checker the mixin is a trainer; at run time it goes in front of one.
+    from transformers import Trainer as _Parent
+else:
+    _Parent = object
+
+logger = logging.get_logger(__name__)
+
+# Fields that do not change what is trained: a run may go on with other values. `num_rounds` and the epochs of later
+# rounds are compared round by round instead.
+_FREE_FIELDS = {
+    "output_dir", "num_rounds", "num_train_epochs", "round_epochs", "max_steps", "keep_iterates", "disable_tqdm",
+    "report_to", "run_name", "project", "resume_from_checkpoint", "prediction_loss_only", "per_device_eval_batch_size",
+    "dataset_num_proc", "precompute_ref_batch_size", "debug", "use_cpu", "deepspeed", "fsdp", "fsdp_config",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "remove_unused_columns",
+    "batch_eval_metrics", "restore_callback_states_from_checkpoint", "torch_empty_cache_steps",
+    "logging_nan_inf_filter", "skip_memory_metrics", "average_tokens_across_devices", "parallelism_config",
+    "liger_kernel_config",
+}  # fmt: skip
+_FREE_PREFIXES = (
+    "logging_", "log_", "hub_", "push_", "save_", "eval_", "do_", "include_", "dataloader_num", "dataloader_pin",
+    "dataloader_prefetch", "dataloader_multi", "dataloader_in", "trackio_", "ddp_", "local_", "gradient_checkpointing",
+    "activation_checkpointing", "torch_compile", "fp16_full", "bf16_full", "_",
+)  # fmt: skip
+
+
+class NonFiniteError(RuntimeError):
+    """Training has produced a nan or an infinity. The last good state is on disk."""
+
+
+class _RoundBoundaries(TrainerCallback):
+    """Tells the trainer when a round begins and when the run is over."""
+
+    def __init__(self, trainer: RoundsTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._on_train_begin()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._on_epoch_begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        return self.trainer._on_step_end(control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._on_train_end()
+
+
+class RoundsTrainer(_Parent):
+    """
+    Mixin for a TRL trainer whose config is a [`RoundsConfig`].
+
+    A callback with a method `on_round_end(args, state, control, *, round_index, summary, model)` has it called after
+    every round, while `model` still is the iterate as trained (thetahat_{t+1}, before any extrapolation) and `summary`
+    is the round's row of `rounds.jsonl`; what it adds to `summary` is kept.
+
+    Attributes:
+        config_class: the config dataclass of this trainer.
+        round_summaries (`list[dict]`): the rows of `rounds.jsonl` so far.
+        round_data_builder ([`RoundDataBuilder`], *optional*): makes the rows of each round; set it before `train()`.
+    """
+
+    config_class: type[Any]
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        given = self._bind(args, kwargs)
+        config = self._round_config(given)
+        self.round_summaries: list[dict[str, Any]] = []
+        self.round_data_builder: RoundDataBuilder | None = None
+        self._plan: RoundPlan | None = None
+        self._round = -1
+        self._rows: RoundDataset | None = None
+        self._folds: list[list[int]] | None = None
+        self._num_folds = config.num_rounds if config.round_data == "split" else 1
+        self._run_id: str | None = None
+        self._staging: Path | None = None
+        self._resumed_from: Path | None = None
+        self._initial_groups: list[dict[str, Any]] = []
+        self._weights: TrainableState | None = None
+        self._round_started = self._run_started = 0.0
+        self._run_started_step = 0
+        # Before the parent moves defaults into the arguments, and before any weights load.
+        self._configuration = self._comparable_configuration(config)
+        unsupported = self._unsupported(given, config)
+        if config.num_rounds > 1 and unsupported:
+            setting, reason = unsupported[0]
+            raise ValueError(
+                f"{setting} does not work with more than one round (`num_rounds` is {config.num_rounds}): {reason}"
+            )
+        # One round is the parent's run and takes whatever the parent takes; then nothing is kept for a second round.
+        self._keeps_rounds = not unsupported and not config.single_round_settings()
+        self._check_rows(given.get("train_dataset"), config)
+        if self._keeps_rounds:
+            self._refuse_foreign_rounds(config)
+        super().__init__(**self._complete_arguments(given))
+        if self._keeps_rounds:
+            self._weights = FullWeights(self.model)
+            # In front, so that every other callback sees the weights and data of the round that begins.
+            self.callback_handler.callbacks.insert(0, _RoundBoundaries(self))
+        self._prepared_train_dataset: Any = self.train_dataset
+
+    # ---- Checks, before any weights load ----
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The constructor's arguments by name, as the TRL class behind this one takes them."""
+        stock: Any = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("trl."))
+        given = dict(inspect.signature(stock.__init__).bind(self, *args, **kwargs).arguments)
+        del given["self"]
+        return given
+
+    def _complete_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The parent's constructor arguments, once all of them have been checked."""
+        return given
+
+    def _round_config(self, given: dict[str, Any]) -> Any:
+        config = given.get("args")
+        if config is None:
+            model = given.get("model")
+            name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+            config = given["args"] = self.config_class(f"{str(name).split('/')[-1] or 'model'}-{self._name}")
+        if not isinstance(config, self.config_class):
+            raise TypeError(
+                f"`args` is a {type(config).__name__}, but {type(self).__name__} wants a "
+                f"{self.config_class.__name__}: "
+                f"it has the same fields and those of the rounds."
+            )
+        return config
+
+    def _unsupported(self, given: dict[str, Any], config: Any) -> list[tuple[str, str]]:
+        """What was passed to the constructor that rounds cannot work with yet, each with the reason."""
+        found = []
+        model, peft_config = given.get("model"), given.get("peft_config")
+        if peft_config is not None or hasattr(model, "peft_config"):
+            found.append(("A PEFT adapter", "rounds train full weights so far. Leave the adapter away."))
+        if given.get("quantization_config") is not None or getattr(model, "is_quantized", False):
+            found.append(("A quantized model", "rounds train full weights so far. Load the model unquantized."))
+        if config.deepspeed or getattr(config, "deepspeed_plugin", None) is not None:
+            found.append(("DeepSpeed", "rounds need every weight on every process so far. Use DDP."))
+        if config.fsdp or getattr(config.distributed_state, "distributed_type", None) == "FSDP":
+            found.append(("FSDP", "rounds need every weight on every process so far. Use DDP."))
+        if getattr(config, "parallelism_config", None) is not None:
+            found.append(("`parallelism_config`", "rounds need every weight on every process so far. Use DDP."))
+        if isinstance(given.get("train_dataset"), datasets.IterableDataset):
+            found.append(
+                (
+                    "A streaming `train_dataset`",
+                    "a round is a whole number of epochs. Load the dataset without streaming.",
+                )
+            )
+        optimizer, scheduler = given.get("optimizers") or (None, None)
+        if scheduler is not None:
+            found.append(
+                (
+                    "A scheduler object in `optimizers`",
+                    "each round starts a fresh one. Set `lr_scheduler_type` instead.",
+                )
+            )
+        if optimizer is not None and "schedulefree" in type(optimizer).__name__.lower():
+            found.append(
+                ("A schedule-free optimizer", "it keeps the weights that count inside itself. Use another one.")
+            )
+        found.extend(self._unsupported_callbacks(given.get("callbacks") or []))
+        return found
+
+    @staticmethod
+    def _unsupported_callbacks(callbacks: list[Any]) -> Iterator[tuple[str, str]]:
+        for callback in callbacks:
+            if callback is EarlyStoppingCallback or isinstance(callback, EarlyStoppingCallback):
+                yield (
+                    "EarlyStoppingCallback",
+                    "a round is a whole number of epochs. Choose among the folders of `keep_iterates` instead.",
+                )
+
+    def _check_rows(self, train_dataset: Any, config: Any) -> None:
+        if config.num_rounds == 1 or not isinstance(train_dataset, datasets.Dataset):
+            return
+        rows = len(train_dataset)
+        if config.round_data == "split" and rows < config.num_rounds:
+            raise ValueError(
+                f"`train_dataset` has {rows} rows, but `num_rounds` is {config.num_rounds} and `round_data='split'` "
+                "gives each round its own: use fewer rounds, more data, or `round_data='reuse'`."
+            )
+        if config.max_steps > 0:
+            share = rows // config.num_rounds if config.round_data == "split" else rows
+            batches = math.ceil(share / (config.train_batch_size * max(config.world_size, 1)))
+            steps = math.ceil(batches / config.gradient_accumulation_steps) * sum(config.epochs_of_rounds())
+            # Preparation may drop rows, so that only more than this is certainly wrong before the data are tokenised.
+            if config.max_steps > steps:
+                self._refuse_max_steps(config.max_steps, steps)
+
+    @staticmethod
+    def _refuse_max_steps(got: int, plan: int) -> None:
+        raise ValueError(
+            f"`max_steps` is {got}, but the rounds take {plan} steps, epochs and rows together: leave `max_steps` at "
+            "-1 "
+            "and set `num_rounds` and `num_train_epochs` (epochs a round)."
+        )
+
+    def _comparable_configuration(self, config: Any) -> dict[str, Any]:
+        """The fields that a run cannot change when it goes on, as JSON values."""
+        fields = {
+            name: value
+            for name, value in config.to_dict().items()
+            if name not in _FREE_FIELDS | self._per_round_fields() and not name.startswith(_FREE_PREFIXES)
+        }
+        return json.loads(json.dumps(fields, default=str, sort_keys=True))
+
+    def _compare_configuration(self, other: dict[str, Any], where: str) -> None:
+        """Raise a ValueError naming the first field that differs from another run's."""
+        # Fields of one version only are no difference: upgrading a library must not strand a run.
+        for name in sorted(set(other) & set(self._configuration)):
+            if other[name] != self._configuration[name]:
+                raise ValueError(
+                    f"`{name}` is {self._configuration[name]!r}, but {where} was made with {other[name]!r}: set it "
+                    "back "
+                    "to go on with that run, or use another `output_dir`."
+                )
+
+    def _refuse_foreign_rounds(self, config: Any) -> None:
+        """Raise a ValueError if the output folder holds the rounds of another configuration."""
+        run = self._read_run(Path(config.output_dir))
+        if run is not None:
+            self._compare_configuration(
+                run["configuration"], f"the run whose rounds `output_dir` holds ({config.output_dir}/{ROUNDS_DIR})"
+            )
+
+    @staticmethod
+    def _read_run(output_dir: Path) -> dict[str, Any] | None:
+        path = output_dir / ROUNDS_DIR / "run.json"
+        if not path.is_file():
+            return None
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+            run["configuration"].items()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"`output_dir` holds rounds, but {path} is unreadable: remove it or use another folder."
+            ) from error
+        return run
+
+    # ---- What a method adds ----
+
+    def _per_round_fields(self) -> set[str]:
+        """Config fields whose values belong to rounds: compared round by round when a run goes on."""
+        return set()
+
+    def round_settings(self, round_index: int) -> dict[str, Any]:
+        """What round `round_index` is trained with, beyond the configuration; JSON values."""
+        return {"epochs": self.args.epochs_of_rounds()[round_index]}
+
+    def _summary_settings(self, round_index: int) -> dict[str, Any]:
+        """The settings that the round's row in `rounds.jsonl` shows."""
+        return self.round_settings(round_index)
+
+    def _transition_settings(self, round_index: int) -> dict[str, Any]:
+        """What the step from the iterate to the policy of round `round_index` depends on."""
+        return {}
+
+    def _transition(self, round_index: int, previous: RoundFolder) -> bool:
+        """Turn the live weights from thetahat_t into theta_t, t > 0, in place; whether they changed."""
+        return False
+
+    def _prepare_round(self, round_index: int, rows: Any, folder: RoundFolder, restored: bool) -> Any:
+        """
+        Set up what the round's training needs besides weights and rows, such as a reference.
+
+        Args:
+            restored: the run resumes inside this round: the live weights are no longer theta_t, which is on disk.
+
+        Returns:
+            The rows, with whatever columns the method adds.
+        """
+        return rows
+
+    def _finish_policy(self) -> None:
+        """After the last round, with the last iterate as live weights."""
+
+    # ---- The run ----
+
+    @property
+    def _output_dir(self) -> Path:
+        return Path(self.args.output_dir)
+
+    @property
+    def _multi_round(self) -> bool:
+        return self.args.num_rounds > 1
+
+    def _say(self, message: str) -> None:
+        """A line for the user, once, without tearing progress bars."""
+        if self.is_world_process_zero():
+            tqdm.write(f"[{self._name}] {message}")
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        The parent's `train`, through all rounds.
+
+        Args:
+            resume_from_checkpoint: `True`, `"true"`, `"True"` or `"last"` takes the newest whole checkpoint in
+                `output_dir`, or starts from the beginning, saying so; a path takes that one. A finished run goes on if
+                `num_rounds` has grown.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or belongs to another run.
+        """
+        if trial is not None and self._multi_round:
+            raise ValueError(
+                "A hyperparameter search does not work with more than one round: search with `num_rounds=1`."
+            )
+        for setting, reason in (
+            self._unsupported_callbacks(self.callback_handler.callbacks) if self._multi_round else []
+        ):
+            raise ValueError(f"{setting} does not work with more than one round: {reason}")
+        run = self._read_run(self._output_dir) if self._keeps_rounds else None
+        checkpoint, told = checkpoints.resolve(
+            resume_from_checkpoint, self._output_dir, run.get("run_id") if run else None
+        )
+        for line in told:
+            self._say(line)
+        self._tidy()
+        if self._keeps_rounds:
+            self._start_run(checkpoint)
+        path = None if checkpoint is None else str(checkpoint)
+        return super().train(
+            resume_from_checkpoint=path, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval, **kwargs
+        )
+
+    def _tidy(self) -> None:
+        """Remove what a killed run left unfinished."""
+        if self.args.should_save:
+            durable.sweep(
+                [self._output_dir, self._output_dir / ROUNDS_DIR, self._output_dir / ROUNDS_DIR / "iterates"]
+            )
+            durable.remove(self._output_dir / checkpoints.STAGING_DIR)
+        self.accelerator.wait_for_everyone()
+
+    def _start_run(self, checkpoint: Path | None) -> None:
+        """Settle which run this is and how long an epoch is, before upstream counts steps."""
+        self._round = -1
+        self._resumed_from = checkpoint
+        self.round_summaries = []
+        self._num_folds = self.args.num_rounds if self.args.round_data == "split" else 1
+        if checkpoint is None:
+            self._run_id = None
+        else:
+            self._adopt(checkpoint)
+        if self._run_id is None:
+            identity = [uuid.uuid4().hex]
+            if self.accelerator.num_processes > 1:
+                torch.distributed.broadcast_object_list(identity)
+            self._run_id = identity[0]
+        if self._num_folds > 1:
+            keys = group_keys(self._prepared_train_dataset)
+            self._folds = split_folds(
+                len(self._prepared_train_dataset) if keys is None else keys, self._num_folds, self.args.seed
+            )
+        else:
+            self._folds = None
+        if self._multi_round:
+            length = len(self._folds[0]) if self._folds else len(self._prepared_train_dataset)
+            self._rows = RoundDataset(length)
+            self.train_dataset = self._rows
+            if self._folds and checkpoint is None:
+                left_out = len(self._prepared_train_dataset) - length * self._num_folds
+                self._say(
+                    f"{self._num_folds} folds of {length} rows each"
+                    + (f"; {left_out} rows are left out to keep them equal" if left_out else "")
+                    + "."
+                )
+
+    def _adopt(self, checkpoint: Path) -> None:
+        """Check that a checkpoint is one that this run can go on from, and take over what it fixes."""
+        manifest = self._checkpoint_manifest(checkpoint)
+        if manifest is None or "round" not in manifest:
+            if self._multi_round:
+                raise ValueError(
+                    f"`resume_from_checkpoint` names {checkpoint.name}, which holds no rounds (the stock trainer "
+                    "wrote "
+                    "it, or a run that kept none): start from its weights instead, with it as the model."
+                )
+            return
+        if self._multi_round and manifest["world_size"] != self.accelerator.num_processes:
+            raise ValueError(
+                f"{checkpoint.name} was written by {manifest['world_size']} processes, but there are "
+                f"{self.accelerator.num_processes}: resume with as many."
+            )
+        if not (checkpoint / "scheduler.pt").is_file() and not (checkpoint / "optimizer.pt").is_file():
+            raise ValueError(
+                f"{checkpoint.name} was written with `save_only_model=True` and has no optimizer state to resume "
+                "from: "
+                "start from its weights instead, with it as the model."
+            )
+        self._compare_configuration(manifest["configuration"], checkpoint.name)
+        round_index = manifest["round"]
+        if round_index >= self.args.num_rounds:
+            raise ValueError(
+                f"`num_rounds` is {self.args.num_rounds}, but {checkpoint.name} is in round {round_index + 1}: set "
+                "`num_rounds` to at least that."
+            )
+        for t, settings in enumerate(manifest["settings"]):
+            # What a finished step was made with is history; the last round's own alpha is still to come.
+            now = {**self.round_settings(t), **(self._transition_settings(t) if t else {})}
+            for name in settings.keys() & now.keys():
+                if settings[name] != now[name]:
+                    raise ValueError(
+                        f"`{name}` of round {t + 1} is {now[name]!r}, but {checkpoint.name} has had it with "
+                        f"{settings[name]!r}: only rounds to come can be changed."
+                    )
+        self._run_id = manifest["run_id"]
+        self._num_folds = manifest["num_folds"]
+        if self.args.round_data == "split" and self._num_folds != self.args.num_rounds:
+            self._say(
+                f"The run began with {self._num_folds} folds; rounds after the {self._num_folds}th use them again, "
+                "in order."
+            )
+        self.round_summaries = [row for row in manifest["summaries"] if row["round"] < round_index]
+
+    @staticmethod
+    def _checkpoint_manifest(checkpoint: Path) -> dict[str, Any] | None:
+        path = checkpoint / durable.MANIFEST
+        return durable.read_manifest(checkpoint) if path.is_file() else None
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        if not self._keeps_rounds:
+            return super().set_initial_training_values(args, dataloader)
+        epochs = args.epochs_of_rounds()
+        whole = copy.copy(args)
+        if self._multi_round or args.round_epochs is not None:
+            # A copy, because upstream reads the epochs of the whole run where the field means those of a round.
+            whole.num_train_epochs = sum(epochs)
+        values = super().set_initial_training_values(whole, dataloader)
+        num_epochs, steps_per_epoch, *_, max_steps = values
+        if not self._multi_round:
+            # One round may have a fraction of an epoch, or a number of steps.
+            self._plan = RoundPlan((1,), max_steps)
+            return values
+        self._plan = RoundPlan(tuple(epochs), steps_per_epoch)
+        if max_steps != self._plan.total_steps or num_epochs != self._plan.total_epochs:
+            self._refuse_max_steps(max_steps, self._plan.total_steps)
+        return values
+
+    # ---- Optimiser and schedule: fresh in every round ----
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self._multi_round:
+            # Some optimisers keep more than hyper-parameters here, so a fresh start needs the groups as they were.
+            self._initial_groups = [
+                copy.deepcopy({key: value for key, value in group.items() if key != "params"})
+                for group in optimizer.param_groups
+            ]
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if not self._multi_round or self._plan is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        lambdas_by_length: dict[int, list[Any]] = {}
+        for steps in sorted({self._plan.steps(t) for t in range(self._plan.num_rounds)}):
+            self.lr_scheduler = None
+            scheduler = super().create_scheduler(steps, optimizer)
+            if not isinstance(scheduler, LambdaLR):
+                raise ValueError(
+                    f"`lr_scheduler_type={self.args.lr_scheduler_type!r}` makes a {type(scheduler).__name__}, but "
+                    "rounds "
+                    "need a schedule that is a function of the step. Use 'linear' or 'cosine'."
+                )
+            lambdas_by_length[steps] = scheduler.lr_lambdas
+        for group_index in range(len(scheduler.lr_lambdas)):
+            per_round = [lambdas_by_length[self._plan.steps(t)][group_index] for t in range(self._plan.num_rounds)]
+            scheduler.lr_lambdas[group_index] = restarting(self._plan, per_round)
+        return scheduler
+
+    def _reset_optimizer(self) -> None:
+        """The optimiser as it was before the first step, at the learning rate of the current step."""
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer.state.clear()
+        for group, initial in zip(optimizer.param_groups, self._initial_groups, strict=True):
+            group.update(copy.deepcopy(initial))
+        # LambdaLR writes rates only in step(). After the end of a shorter plan the checkpoint's last rate is that
+        # plan's 0, so the rate of this step is written here.
+        scheduler: Any = self.lr_scheduler
+        for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * factor(self.state.global_step)
+            group["initial_lr"] = base
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+    # ---- Boundaries ----
+
+    def _on_train_begin(self) -> None:
+        assert self._plan is not None
+        self._run_started, self._run_started_step = time.monotonic(), self.state.global_step
+        self._log_disk_use()
+        step = self.state.global_step
+        round_index = self._plan.starts_at(step)
+        if self._resumed_from is None:
+            self._write_run()
+        else:
+            self._restore_folder(self._resumed_from, self._plan.round_of_checkpoint(step))
+        if round_index is not None and (round_index == 0 or self._multi_round):
+            # Also where a run resumes exactly at a boundary, so that an evaluation at its start sees the new round.
+            self._enter_round(round_index)
+        elif self._resumed_from is not None:
+            self._reenter_round(self._plan.round_of_checkpoint(step))
+
+    def _on_epoch_begin(self) -> None:
+        assert self._plan is not None
+        round_index = self._plan.starts_at(self.state.global_step)
+        # This event also comes when a run resumes inside an epoch, and after `_on_train_begin` has done the work.
+        if self._multi_round and round_index is not None and round_index != self._round:
+            self._enter_round(round_index)
+
+    def _on_step_end(self, control: Any) -> Any:
+        assert self._plan is not None
+        # The last steps of a round are logged with it, so that no logged mean spans two rounds.
+        if self._multi_round and self.state.global_step in self._plan.starts and self.args.logging_strategy != "no":
+            control.should_log = True
+        return control
+
+    def _on_train_end(self) -> None:
+        assert self._plan is not None
+        if self.state.global_step < self._plan.total_steps:
+            self._say(
+                f"Stopped at step {self.state.global_step} of {self._plan.total_steps}, inside round "
+                f"{self._round + 1}: "
+                "the weights are those of that step."
+            )
+            return
+        last = self._plan.num_rounds - 1
+        self._finish_round(last)
+        if self.args.keep_iterates:
+            self._keep_final_iterate(last + 1)
+        self._finish_policy()
+
+    @contextmanager
+    def _state_errors(self, round_index: int) -> Iterator[None]:
+        """Name the round and step in whatever goes wrong while state is written."""
+        try:
+            yield
+        except OSError as error:
+            free = shutil.disk_usage(self._output_dir).free if self._output_dir.is_dir() else 0
+            raise RuntimeError(
+                f"Round {round_index + 1}, step {self.state.global_step}: the round's state could not be written "
+                f"({error.strerror or error}; {free / 1e9:.1f} GB are free). The last whole checkpoint stays; make "
+                "room "
+                "and go on with `resume_from_checkpoint='last'`."
+            ) from error
+
+    def _enter_round(self, round_index: int) -> None:
+        """From thetahat_t in the live weights to the first step of round t."""
+        assert self._weights is not None
+        begun = time.monotonic()
+        if round_index > 0:
+            self._finish_round(round_index - 1)
+            # First of all: the optimiser's state is what makes room for everything below.
+            self._reset_optimizer()
+        folder = RoundFolder(self._output_dir, round_index)
+        previous = RoundFolder(self._output_dir, round_index - 1)
+        with self._state_errors(round_index):
+            self._write_weights(round_index, folder, previous)
+        self._round = round_index
+        settled = time.monotonic()
+        with self._own_random_numbers(round_index), self._evaluating(), self._state_errors(round_index):
+            rows = self._make_rows(round_index, folder)
+            rows = self._prepare_round(round_index, rows, folder, restored=False)
+        if self._rows is not None:
+            self._rows.swap(rows)
+        if round_index > 0 and self.args.should_save:
+            durable.discard(previous.path)
+        self._round_started = time.monotonic()
+        self._boundary_seconds = {"weights": settled - begun, "data": self._round_started - settled}
+
+    def _reenter_round(self, round_index: int) -> None:
+        """
+        Resume inside round t: the live weights are the checkpoint's, everything else comes from the round's folder.
+        """
+        folder = RoundFolder(self._output_dir, round_index)
+        self._round = round_index
+        if self._multi_round:
+            with self._own_random_numbers(round_index), self._evaluating():
+                rows = self._make_rows(round_index, folder)
+                rows = self._prepare_round(round_index, rows, folder, restored=True)
+            if self._rows is not None:
+                self._rows.swap(rows)
+        self._round_started = time.monotonic()
+        self._boundary_seconds = {"weights": 0.0, "data": 0.0}
+
+    @contextmanager
+    def _own_random_numbers(self, round_index: int) -> Iterator[None]:
+        """Random numbers drawn inside leave those of training alone; without this a resume at a boundary differs."""
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            python_state, numpy_state = random.getstate(), np.random.get_state()
+            try:
+                set_seed(self._round_seed(round_index))
+                yield
+            finally:
+                random.setstate(python_state)
+                np.random.set_state(numpy_state)
+
+    def _round_seed(self, round_index: int) -> int:
+        return (self.args.seed + 1_000_003 * (round_index + 1)) % 2**31
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+    def _write_weights(self, round_index: int, folder: RoundFolder, previous: RoundFolder) -> None:
+        """Make thetahat_t durable, step to theta_t, make that durable too; or find that both are there already."""
+        assert self._weights is not None
+        write = self.args.should_save
+        fingerprint = self._weights.fingerprint()
+        found = folder.manifest()
+        content = self._state_content(round_index) | {"iterate": fingerprint}
+        if found is not None and all(
+            found.get(key) == content[key] for key in ("iterate", "settings", "configuration_hash")
+        ):
+            self.accelerator.wait_for_everyone()
+            if round_index > 0:
+                self._transition(round_index, previous)
+            if self._weights.fingerprint() == found["policy"]:
+                if write:
+                    durable.write_json(
+                        folder.path / durable.MANIFEST,
+                        {**found, "run_id": self._run_id, "summaries": self.round_summaries},
+                    )
+                self.accelerator.wait_for_everyone()
+                return
+            self._weights.load(folder.iterate)
+        partial = folder.path.with_name(f"{durable.PARTIAL_PREFIX}{folder.path.name}")
+        try:
+            if write:
+                durable.remove(partial)
+                partial.mkdir(parents=True)
+            self._weights.save(partial / "iterate", write)
+            if write and self.processing_class is not None:
+                self.processing_class.save_pretrained(partial / "iterate")
+            # Every process has read what it needs of the old folder before the writer may replace anything.
+            changed = round_index > 0 and self._transition(round_index, previous)
+            if changed:
+                self._weights.save(partial / "policy", write)
+            content["policy"] = self._weights.fingerprint() if changed else fingerprint
+            if write:
+                if round_index > 0:
+                    durable.link_tree(previous.policy, partial / "previous_policy")
+                durable.write_manifest(partial, content)
+                durable.publish(partial, folder.path)
+                if self.args.keep_iterates and round_index > 0:
+                    self._link_iterate(round_index, folder.iterate)
+        except BaseException:
+            if write:
+                durable.remove(partial)
+            raise
+        self.accelerator.wait_for_everyone()
+
+    def _state_content(self, round_index: int) -> dict[str, Any]:
+        """What every manifest of this run says, as of round `round_index`."""
+        return {
+            "format": "trl-extras rounds",
+            "version": STATE_VERSION,
+            "trl_extras": __version__,
+            "run_id": self._run_id,
+            "world_size": self.accelerator.num_processes,
+            "round": round_index,
+            "num_folds": self._num_folds,
+            "settings": [
+                {**self.round_settings(t), **(self._transition_settings(t) if t else {})}
+                for t in range(round_index + 1)
+            ],
+            "summaries": self.round_summaries,
+            "configuration": self._configuration,
+            "configuration_hash": xxhash.xxh3_128_hexdigest(json.dumps(self._configuration, sort_keys=True).encode()),
+        }
+
+    def _write_run(self) -> None:
+        """A fresh start: the folder now belongs to this run."""
+        if self.args.should_save:
+            rounds = self._output_dir / ROUNDS_DIR
+            rounds.mkdir(parents=True, exist_ok=True)
+            with self._state_errors(0):
+                durable.write_json(
+                    rounds / "run.json",
+                    {"version": STATE_VERSION, "run_id": self._run_id, "configuration": self._configuration},
+                )
+            self._write_summaries()
+        self.accelerator.wait_for_everyone()
+
+    def _restore_folder(self, checkpoint: Path, round_index: int) -> None:
+        """Bring the round's folder from a checkpoint into the output folder, which may be another one."""
+        if self._checkpoint_manifest(checkpoint) is None:
+            return
+        source, target = RoundFolder(checkpoint, round_index), RoundFolder(self._output_dir, round_index)
+        if self.args.should_save:
+            with self._state_errors(round_index):
+                (self._output_dir / ROUNDS_DIR).mkdir(parents=True, exist_ok=True)
+                if source.path.is_dir():
+                    here = target.manifest()
+                    if here is None or here["files"] != durable.read_manifest(source.path)["files"]:
+                        with durable.new_folder(target.path) as partial:
+                            durable.link_tree(source.path, partial)
+                durable.write_json(
+                    self._output_dir / ROUNDS_DIR / "run.json",
+                    {"version": STATE_VERSION, "run_id": self._run_id, "configuration": self._configuration},
+                )
+                self._write_summaries()
+        self.accelerator.wait_for_everyone()
+        if self._multi_round and target.manifest() is None:
+            raise ValueError(f"{checkpoint.name} does not hold the state of its round: use another checkpoint.")
+
+    def _link_iterate(self, number: int, source: Path) -> None:
+        target = self._output_dir / ROUNDS_DIR / "iterates" / str(number)
+        with durable.new_folder(target) as partial:
+            durable.link_tree(source, partial)
+
+    def _keep_final_iterate(self, number: int) -> None:
+        assert self._weights is not None
+        target = self._output_dir / ROUNDS_DIR / "iterates" / str(number)
+        partial = target.with_name(f"{durable.PARTIAL_PREFIX}{target.name}")
+        with self._state_errors(number - 1):
+            if self.args.should_save:
+                durable.remove(partial)
+            self._weights.save(partial, self.args.should_save)
+            if self.args.should_save:
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(partial)
+                for path in durable.files_below(partial):
+                    durable.sync(path)
+                durable.publish(partial, target)
+        self.accelerator.wait_for_everyone()
+
+    # ---- Rows ----
+
+    def _make_rows(self, round_index: int, folder: RoundFolder) -> Any:
+        """The rows of a round: from its builder, or its fold."""
+        if not self._multi_round:
+            return self._prepared_train_dataset
+        if self.round_data_builder is not None:
+            return self._built_rows(round_index, folder)
+        rows = self._prepared_train_dataset
+        if self._folds:
+            fold = self._folds[round_index % len(self._folds)]
+            rows = rows.select(fold)
+        self._check_same_rows(rows, folder)
+        return rows
+
+    def _built_rows(self, round_index: int, folder: RoundFolder) -> Any:
+        assert self.round_data_builder is not None
+        assert self._rows is not None
+        path = folder.path / "data.parquet"
+        manifest = folder.manifest()
+        if manifest is not None and "data.parquet" in manifest["files"]:
+            # Built before, from a policy that may be gone by now.
+            rows = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
+        else:
+            policy = self.accelerator.unwrap_model(self.model)
+            built = self.round_data_builder(round_index=round_index, policy=policy, seed=self._round_seed(round_index))
+            rows = self._prepare_built(built, round_index)
+            if self.args.should_save:
+                partial = path.with_name(f"{durable.PARTIAL_PREFIX}{path.name}")
+                rows.to_parquet(str(partial))
+                durable.sync(partial)
+                partial.replace(path)
+            self._add_to_manifest(folder)
+        planned = len(self._rows)
+        if len(rows) > planned:
+            raise ValueError(
+                f"Round {round_index + 1}: the round data builder returned {len(rows)} rows, but every round has "
+                f"{planned}: return at most that many."
+            )
+        if len(rows) < planned:
+            logger.warning(
+                f"Round {round_index + 1}: {len(rows)} rows instead of {planned}; {planned - len(rows)} are repeats, "
+                "in "
+                "order, because every epoch of a run is equally long."
+            )
+        return rows
+
+    def _prepare_built(self, built: Any, round_index: int) -> Any:
+        if not isinstance(built, datasets.Dataset) or len(built) == 0:
+            raise ValueError(
+                f"Round {round_index + 1}: the round data builder returned "
+                f"{'no rows' if isinstance(built, datasets.Dataset) else type(built).__name__}, but has to return a "
+                "`datasets.Dataset` with at least one row."
+            )
+        rows = self._prepare_dataset(built, self.processing_class, self.args, "train")
+        if len(rows) == 0:
+            raise ValueError(
+                f"Round {round_index + 1}: all {len(built)} rows of the round data builder were dropped in "
+                "preparation, "
+                "because their prompts alone fill `max_length`."
+            )
+        return rows
+
+    def _check_same_rows(self, rows: Any, folder: RoundFolder) -> None:
+        """Record what a round is trained on; refuse to go on with other rows."""
+        digest = rows_fingerprint(rows)
+        manifest = folder.manifest()
+        if manifest is None:
+            return
+        if "rows" not in manifest:
+            self._add_to_manifest(folder, rows=digest)
+        elif manifest["rows"] != digest:
+            if self._resumed_from is not None and folder.round_index == self._plan_round():
+                raise ValueError(
+                    "`train_dataset` does not give the rows that this round has been trained on so far: pass the data "
+                    "of the run that you resume, or use another `output_dir`."
+                )
+            # The same weights meet other data in a fresh start: nothing that was computed from the old rows is kept.
+            for name in list(manifest["files"]):
+                if "/" not in name and self.args.should_save:
+                    (folder.path / name).unlink(missing_ok=True)
+            self._add_to_manifest(folder, rows=digest)
+
+    def _plan_round(self) -> int | None:
+        """The round that the run resumed inside of, or None where it began or resumed at a boundary."""
+        assert self._plan is not None
+        step = self.state.global_step
+        return None if self._plan.starts_at(step) is not None else self._plan.round_of_checkpoint(step)
+
+    def _add_to_manifest(self, folder: RoundFolder, **content: Any) -> None:
+        """List files that were added to a round's folder, and further entries."""
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            manifest = durable.read_manifest(folder.path)
+            known = {name: entry for name, entry in manifest.pop("files").items() if (folder.path / name).is_file()}
+            durable.write_manifest(folder.path, {**manifest, **content}, known)
+        self.accelerator.wait_for_everyone()
+
+    # ---- What a round leaves behind ----
+
+    def _finish_round(self, round_index: int) -> None:
+        """Measure and record a round while the live weights are what it ended with, thetahat_{t+1}."""
+        assert self._weights is not None
+        assert self._plan is not None
+        self._refuse_non_finite_weights(round_index)
+        folder = RoundFolder(self._output_dir, round_index)
+        summary: dict[str, Any] = {
+            "round": round_index,
+            **self._summary_settings(round_index),
+            "first_step": self._plan.starts[round_index] + 1,
+            "last_step": self._plan.starts[round_index + 1],
+            "rows": len(self._rows.content) if self._rows is not None and self._rows.content else None,
+            "rows_per_epoch": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
+        }
+        if folder.manifest() is not None:
+            summary |= self._weights.distances(folder.policy, folder.iterate, folder.previous_policy)
+        now = time.monotonic()
+        summary["train_seconds"] = round(now - self._round_started, 3) if self._round == round_index else None
+        boundary = getattr(self, "_boundary_seconds", {}) if self._round == round_index else {}
+        summary |= {f"boundary_{name}_seconds": round(seconds, 3) for name, seconds in boundary.items()}
+        summary |= self._logged_in(round_index)
+        self._call_round_end(round_index, summary)
+        self.round_summaries = [row for row in self.round_summaries if row["round"] != round_index] + [summary]
+        with self._state_errors(round_index):
+            self._write_summaries()
+        logged = {
+            f"round/{name}": float(value)
+            for name, value in summary.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        self.log(logged)
+        self._say(self._round_line(round_index, summary))
+
+    def _logged_in(self, round_index: int) -> dict[str, Any]:
+        """The last training log and the last evaluation of a round."""
+        assert self._plan is not None
+        first, last = self._plan.starts[round_index], self._plan.starts[round_index + 1]
+        found: dict[str, Any] = {"train": None, "eval": None}
+        for entry in self.state.log_history:
+            if not first < entry.get("step", 0) <= last:
+                continue
+            numbers = {k: v for k, v in entry.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+            if any(name.startswith("eval_") for name in entry):
+                found["eval"] = {k.removeprefix("eval_"): v for k, v in numbers.items() if k.startswith("eval_")}
+            elif "loss" in entry:
+                found["train"] = {k: v for k, v in numbers.items() if k not in ("epoch", "step")}
+        return found
+
+    def _call_round_end(self, round_index: int, summary: dict[str, Any]) -> None:
+        with self._own_random_numbers(round_index), self._evaluating():
+            for callback in self.callback_handler.callbacks:
+                hook = getattr(callback, "on_round_end", None)
+                if hook is not None:
+                    hook(
+                        self.args,
+                        self.state,
+                        self.control,
+                        round_index=round_index,
+                        summary=summary,
+                        model=self.accelerator.unwrap_model(self.model),
+                    )
+
+    def _round_line(self, round_index: int, summary: dict[str, Any]) -> str:
+        assert self._plan is not None
+        parts = [f"round {round_index + 1} of {self._plan.num_rounds} done"]
+        for name in ("update_norm", "momentum_norm", "update_cosine"):
+            if summary.get(name) is not None:
+                parts.append(f"{name} {summary[name]:.4g}")
+        done = self.state.global_step - self._run_started_step
+        left = self._plan.total_steps - self.state.global_step
+        if done and left:
+            seconds = (time.monotonic() - self._run_started) / done * left
+            parts.append(f"about {int(seconds // 60)} min {int(seconds % 60)} s left")
+        return ", ".join(parts)
+
+    def _write_summaries(self) -> None:
+        if not self.args.should_save:
+            return
+        path = self._output_dir / "rounds.jsonl"
+        temporary = path.with_name(f"{durable.PARTIAL_PREFIX}{path.name}")
+        self._output_dir.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in self.round_summaries)
+        durable.sync(temporary)
+        temporary.replace(path)
+
+    def _log_disk_use(self) -> None:
+        """Say what the run will need on disk before it needs it."""
+        assert self._weights is not None
+        assert self._plan is not None
+        if not self.is_world_process_zero():
+            return
+        copy_bytes = self._weights.nbytes
+        # At a boundary: iterate and policy of the old round and of the new one, and the policy before those.
+        rounds = copy_bytes * (5 if self._multi_round else 1)
+        kept = copy_bytes * self._plan.num_rounds if self.args.keep_iterates else 0
+        count = self._planned_checkpoints()
+        # Weights and, for Adam, two moments in the weights' dtype; what is linked keeps up to three more copies alive.
+        each = copy_bytes * (3 if not self.args.save_only_model else 1) + (
+            3 * copy_bytes if self._multi_round else copy_bytes
+        )
+        total = rounds + kept + count * each
+        target = next(path for path in [self._output_dir, *self._output_dir.parents] if path.is_dir())
+        free = shutil.disk_usage(target).free
+        message = (
+            f"disk: at most {total / 1e9:.2f} GB ({rounds / 1e9:.2f} for the rounds, {kept / 1e9:.2f} for kept "
+            "iterates, "
+            f"{count} checkpoints at a time of up to {each / 1e9:.2f}); {free / 1e9:.2f} GB are free."
+        )
+        if total > free:
+            logger.warning(f"{message} This may not be enough: lower `save_total_limit` or use another `output_dir`.")
+        else:
+            self._say(message)
+
+    def _planned_checkpoints(self) -> int:
+        assert self._plan is not None
+        strategy = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))
+        if strategy == "no":
+            return 0
+        if strategy == "epoch":
+            count = self._plan.total_epochs
+        elif strategy == "steps":
+            count = math.ceil(self._plan.total_steps / max(self.state.save_steps, 1)) + 1
+        else:
+            count = 2
+        limit = self.args.save_total_limit
+        # One more than the limit while a new one is complete and the oldest not yet gone.
+        return min(count, limit + 1) if limit and limit > 0 else count
+
+    # ---- Guards ----
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        # Upstream logs the mean of earlier losses in place of a non-finite one, and trains on.
+        if not torch.isfinite(loss).all():
+            raise NonFiniteError(
+                f"Round {max(self._round, 0) + 1}, step {self.state.global_step + 1}: the loss is {loss.item()}. "
+                "Training "
+                "stops; the last whole checkpoint is good. Lower the learning rate or look at the data of this step."
+            )
+        return loss
+
+    def _refuse_non_finite_weights(self, round_index: int) -> None:
+        name = self._weights.non_finite() if self._weights is not None else None
+        if name is not None:
+            raise NonFiniteError(
+                f"Round {round_index + 1}, step {self.state.global_step}: {name} holds a nan or an infinity. Training "
+                "stops, and nothing of this state is saved; the last whole checkpoint is good. Lower the learning "
+                "rate."
+            )
+
+    # ---- Checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # A push reads the folder in the background: it waits until the checkpoint has its final name.
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Upstream's checkpoint, written elsewhere, completed, synced, and then renamed."""
+        if trial is not None:
+            return super()._save_checkpoint(model, trial)
+        round_index = max(self._round, 0)
+        self._refuse_non_finite_weights(round_index)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        run_dir, staging = self._output_dir, self._output_dir / checkpoints.STAGING_DIR
+        final, staged = run_dir / name, staging / name
+        with self._state_errors(round_index):
+            if self.args.should_save:
+                durable.remove(staging)
+            self.accelerator.wait_for_everyone()
+            try:
+                self._staging = staging
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            self.accelerator.wait_for_everyone()
+            self._correct_best_checkpoint(run_dir)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                self._complete_checkpoint(staged, round_index)
+                durable.publish(staged, final)
+                durable.remove(staging)
+                best = self.state.best_model_checkpoint
+                checkpoints.rotate(run_dir, self.args.save_total_limit, self.state.global_step, best)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        return None
+
+    def _correct_best_checkpoint(self, run_dir: Path) -> None:
+        """Upstream has looked for the best checkpoint in the staging folder."""
+        best = self.state.best_global_step
+        if best:
+            folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+            if best == self.state.global_step or folder.is_dir():
+                self.state.best_model_checkpoint = str(folder)
+
+    def _complete_checkpoint(self, staged: Path, round_index: int) -> None:
+        content = {"format": "trl-extras checkpoint", "version": STATE_VERSION, "trl_extras": __version__}
+        known: dict[str, dict[str, Any]] = {}
+        if self._keeps_rounds:
+            content = self._state_content(round_index) | content
+            source = RoundFolder(self._output_dir, round_index)
+            target = RoundFolder(staged, round_index)
+            durable.link_tree(source.path, target.path)
+            prefix = target.path.relative_to(staged).as_posix()
+            files = durable.read_manifest(source.path)["files"]
+            known = {f"{prefix}/{name}": entry for name, entry in files.items() if (target.path / name).is_file()}
+        durable.write_manifest(staged, content, known)
+
+    # ---- Model card ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        # Upstream writes a card with a checkpoint or a push only.
+        if not _internal_call and self.args.should_save:
+            self._write_card(Path(output_dir or self.args.output_dir))
+
+    def _write_card(self, folder: Path) -> None:
+        """Write the model card of a saved model; a method's own."""
+
+
+def rows_fingerprint(rows: Any) -> str:
+    """A hash of a `datasets.Dataset`'s content, the same in every process and run."""
+    digest = xxhash.xxh3_128()
+    for table in rows.with_format("arrow").iter(batch_size=2000):
+        sink = pa.BufferOutputStream()
+        table = table.select(sorted(table.column_names)).combine_chunks().replace_schema_metadata(None)
+        with pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+        digest.update(sink.getvalue())
+    return digest.hexdigest()
