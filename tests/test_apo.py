@@ -339,7 +339,7 @@ def test_rounds_jsonl_norms_and_cosine(make_apo: Any, base: Path, tmp_path: Path
 
 
 def test_card_says_accelerated_and_names_no_path(make_apo: Any, tmp_path: Path, base: Path) -> None:
-    trainer = make_apo(num_rounds=2)
+    trainer = make_apo(num_rounds=2, hub_token="hf_secret")
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
     card = (tmp_path / "saved/README.md").read_text()
@@ -347,7 +347,7 @@ def test_card_says_accelerated_and_names_no_path(make_apo: Any, tmp_path: Path, 
     assert "2410.06293" in card
     assert "[None]" not in card
     assert "None" not in card
-    for private in (str(tmp_path), str(base), "output_dir", "token"):
+    for private in (str(tmp_path), str(base), "output_dir", "hf_secret"):
         assert private not in card, private
     assert "| 1 | 0.3 | 0.1 |" in card
     assert "| 2 | 0.3 | 0.1 |" in card
