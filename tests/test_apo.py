@@ -43,7 +43,9 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def by_hand(base: Path, folder: Path, alphas: list[float], momentum_from: str = "previous_iterate", **kwargs: Any) -> Any:
+def by_hand(
+    base: Path, folder: Path, alphas: list[float], momentum_from: str = "previous_iterate", **kwargs: Any
+) -> Any:
     """Algorithm 1 as separate DPOTrainer runs over the folds that `round_data="split"` makes."""
     data = tiny.make_pairs(24)
     folds = [data.select(indices) for indices in split_folds(24, len(alphas), seed=42)]
@@ -69,7 +71,9 @@ def test_one_round_is_dpo_bit_for_bit_shuffled(make_apo: Any, base: Path, tmp_pa
 
 
 @pytest.mark.parametrize("loss_type", LOSSES, ids="+".join)
-def test_alpha_zero_is_iterative_dpo_bit_for_bit(make_apo: Any, base: Path, tmp_path: Path, loss_type: list[str]) -> None:
+def test_alpha_zero_is_iterative_dpo_bit_for_bit(
+    make_apo: Any, base: Path, tmp_path: Path, loss_type: list[str]
+) -> None:
     common = {"loss_type": loss_type, "learning_rate": 1e-3}
     if loss_type in (["exo_pair"], ["robust"]):
         common["label_smoothing"] = 0.1
@@ -93,7 +97,9 @@ def test_alpha_zero_is_iterative_dpo_bit_for_bit(make_apo: Any, base: Path, tmp_
     ],
     ids=["betas-accumulation", "precomputed", "bfloat16", "rmsprop-cosine"],
 )
-def test_alpha_zero_is_iterative_dpo_with_other_settings(make_apo: Any, base: Path, tmp_path: Path, settings: dict) -> None:
+def test_alpha_zero_is_iterative_dpo_with_other_settings(
+    make_apo: Any, base: Path, tmp_path: Path, settings: dict
+) -> None:
     settings = dict(settings)
     ours = make_apo(extrapolation_alpha=[0.0], **settings)
     ours.train()
@@ -132,7 +138,9 @@ def test_extrapolation_is_equation_3_6_on_the_weights(
 
 
 def test_momentum_from_reference_is_another_run(make_apo: Any) -> None:
-    """The ablation differs from the method from the third round on (before, both momenta start at the same weights)."""
+    """
+    The ablation differs from the method from the third round on (before, both momenta start at the same weights).
+    """
     runs = []
     for origin in ("previous_iterate", "reference"):
         trainer = make_apo(origin, momentum_from=origin, extrapolation_alpha=[0.6], num_rounds=3)
@@ -148,7 +156,9 @@ def test_output_policy_extrapolated_is_expo(make_apo: Any, base: Path) -> None:
     expo.train()
     start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     for got, new, old in zip(expo.model.parameters(), plain.model.parameters(), start.parameters(), strict=True):
-        torch.testing.assert_close(got.double(), new.double() + 0.5 * (new.double() - old.double()), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            got.double(), new.double() + 0.5 * (new.double() - old.double()), rtol=1e-6, atol=1e-7
+        )
 
 
 def test_every_round_starts_at_its_own_reference(make_apo: Any) -> None:
@@ -216,8 +226,8 @@ def bandit_log_probs(model: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.6])
 def test_theorem_4_1_on_a_bandit(tmp_path: Path, alpha: float) -> None:
     """
-    After T rounds solved exactly, log(pihat_T / pi_ref) = C_T r* / beta + const. The policy is softmax-linear (only the
-    head is trained, the prompt is one), where the step on the weights is the paper's (3.6) itself.
+    After T rounds solved exactly, log(pihat_T / pi_ref) = C_T r* / beta + const. The policy is softmax-linear (only
+    the head is trained, the prompt is one), where the step on the weights is the paper's (3.6) itself.
     """
     beta = 0.5
     model = tiny.make_model(tied=False)
@@ -288,8 +298,9 @@ def test_given_reference_of_another_shape_is_refused(make_apo: Any) -> None:
 
 
 def test_precomputed_reference_needs_no_second_model(make_apo: Any) -> None:
-    with_model, precomputed = make_apo("a", extrapolation_alpha=[0.6]), make_apo(
-        "b", extrapolation_alpha=[0.6], precompute_ref_log_probs=True
+    with_model, precomputed = (
+        make_apo("a", extrapolation_alpha=[0.6]),
+        make_apo("b", extrapolation_alpha=[0.6], precompute_ref_log_probs=True),
     )
     with_model.train()
     precomputed.train()
@@ -383,6 +394,8 @@ def test_callbacks_see_the_iterate_at_the_end_of_a_round(make_apo: Any, tmp_path
     trainer.train()
     assert [t for t, _ in seen] == [0, 1, 2]
     for t, model in seen:
-        kept = AutoModelForCausalLM.from_pretrained(tmp_path / f"watched/_rounds/iterates/{t + 1}", dtype=torch.float32)
+        kept = AutoModelForCausalLM.from_pretrained(
+            tmp_path / f"watched/_rounds/iterates/{t + 1}", dtype=torch.float32
+        )
         assert tiny.same_weights(kept, model)
     assert [row["mine"] for row in trainer.round_summaries] == [1.5] * 3

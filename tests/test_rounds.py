@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -150,7 +153,8 @@ def test_resumed_equals_uninterrupted_at_every_step(make_apo: Any, tmp_path: Pat
             wanted = [row.get(key) for row in whole.round_summaries]
             if key != "eval":
                 assert got == wanted, (step, key)
-            # A checkpoint of an epoch's last step is older than that epoch's evaluation, which upstream does not repeat.
+            # A checkpoint of an epoch's last step is older than that epoch's evaluation, which upstream does not
+            # repeat.
             elif step not in [row["last_step"] for row in whole.round_summaries]:
                 assert [e and e["loss"] for e in got] == [e and e["loss"] for e in wanted], step
     assert len(rows) == 3
@@ -198,10 +202,8 @@ def test_killed_anywhere_resumes_to_the_same_bits(
         with monkeypatch.context() as patch:
             patch.setattr(target, killer)
             first = make_apo(folder, **settings)
-            try:
+            with contextlib.suppress(Killed):
                 first.train()
-            except Killed:
-                pass
             reached = first.state.global_step
         last = get_last_checkpoint(str(tmp_path / folder)) if (tmp_path / folder).is_dir() else None
         if last is not None:
@@ -211,7 +213,9 @@ def test_killed_anywhere_resumes_to_the_same_bits(
         second = make_apo(folder, **settings)
         second.train(resume_from_checkpoint="True")
         assert same(final(second), expected), (instant, count)
-        left = [p.name for p in (tmp_path / folder).rglob("_*") if p.name.startswith(("_partial", "_trash", "_staging"))]
+        left = [
+            p.name for p in (tmp_path / folder).rglob("_*") if p.name.startswith(("_partial", "_trash", "_staging"))
+        ]
         assert not left
     assert fired, "the run never came there"
 
@@ -332,7 +336,9 @@ def test_explicit_checkpoints_that_cannot_be_resumed_are_refused(make_apo: Any, 
 
 def test_another_runs_rounds_are_refused_before_weights_load(make_apo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     make_apo(num_rounds=2, **{**EVERY_STEP, "extrapolation_alpha": [0.3]}).train()
-    monkeypatch.setattr("trl.trainer.dpo_trainer.create_model_from_path", lambda *a, **k: pytest.fail("weights loaded"))
+    monkeypatch.setattr(
+        "trl.trainer.dpo_trainer.create_model_from_path", lambda *a, **k: pytest.fail("weights loaded")
+    )
     with pytest.raises(ValueError, match=r"`learning_rate` is 0\.02, but the run whose rounds `output_dir` holds"):
         make_apo(num_rounds=2, learning_rate=2e-2)
 
@@ -461,7 +467,9 @@ def test_kept_iterates_load_with_plain_transformers(make_apo: Any, tmp_path: Pat
     assert tiny.same_weights(model, trainer.model)
 
 
-def test_disk_use_is_said_at_the_start(make_apo: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+def test_disk_use_is_said_at_the_start(
+    make_apo: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
     make_apo("plenty", num_rounds=2).train()
     assert "disk: at most" in capsys.readouterr().out
     usage = shutil.disk_usage("/")
@@ -564,6 +572,33 @@ def test_data_builder_gets_round_policy_and_seed_and_survives_resume(make_apo: A
         assert [c[0] for c in calls] == ([1] if step <= 6 else []), "a round's rows are built once"
 
 
+def test_data_builder_needs_more_than_one_round(make_apo: Any) -> None:
+    trainer = make_apo(num_rounds=1)
+    trainer.round_data_builder = lambda round_index, policy, seed: tiny.make_pairs(4)
+    with pytest.raises(ValueError, match="`round_data_builder` is set, but `num_rounds` is 1"):
+        trainer.train()
+
+
+def test_kept_iterates_are_this_runs_and_survive_a_kill_before_they_are_linked(
+    make_apo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**EVERY_STEP, "save_steps": 4, "keep_iterates": True, "learning_rate": 1e-2}
+    make_apo(**settings).train()
+    kept = tmp_path / "out/_rounds/iterates"
+    assert {p.name for p in kept.iterdir()} == {"1", "2", "3"}
+    trainer = make_apo(**{**settings, "num_rounds": 2})
+
+    def killer(folder: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(trainer, "_link_iterate", killer)
+    with pytest.raises(Killed):
+        trainer.train()
+    assert not kept.exists(), "an earlier run's iterates would pass for this run's"
+    make_apo(**{**settings, "num_rounds": 2}).train(resume_from_checkpoint="last")
+    assert {p.name for p in kept.iterdir()} == {"1", "2"}
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [(13, "returned 13 rows, but every round has 12"), (0, "no rows"), (None, "NoneType")],
@@ -651,6 +686,7 @@ def test_rounds_work_over_sft(base: Path, tmp_path: Path) -> None:
         ({"optim": "lomo"}, "`optim='lomo'`"),
         ({"optim": "galore_adamw_layerwise"}, "`optim="),
         ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "`dataloader_persistent_workers=True`"),
+        ({"ignore_data_skip": True}, "`ignore_data_skip=True`"),
         ({"train_sampling_strategy": "group_by_length"}, "`train_sampling_strategy='group_by_length'`"),
         ({"train_sampling_strategy": "batch_rebalance"}, "`train_sampling_strategy='batch_rebalance'`"),
     ],
@@ -687,13 +723,20 @@ def test_config_reads_text_and_bare_numbers(tmp_path: Path) -> None:
         (lambda: {"data": tiny.make_pairs(9).to_iterable_dataset()}, "A streaming `train_dataset` does not work"),
         (lambda: {"optimizers": (None, object())}, "A scheduler object in `optimizers` does not work"),
         (lambda: {"peft_config": object()}, "A PEFT adapter does not work"),
+        (lambda: {"num_rounds": 1, "peft_config": object(), "keep_iterates": True}, "`keep_iterates=True` needs"),
+        (
+            lambda: {"num_rounds": 1, "sync_ref_model": True, "output_policy": "extrapolated"},
+            "`output_policy='extrapolated'` needs the rounds' state, which is not kept with `sync_ref_model=True`",
+        ),
         (lambda: {"parallelism_config": SimpleNamespace(to_json=dict)}, "`parallelism_config` does not work"),
     ],
 )
 def test_trainer_refuses_before_weights_load(
     make_apo: Any, monkeypatch: pytest.MonkeyPatch, make: Any, message: str
 ) -> None:
-    monkeypatch.setattr("trl.trainer.dpo_trainer.create_model_from_path", lambda *a, **k: pytest.fail("weights loaded"))
+    monkeypatch.setattr(
+        "trl.trainer.dpo_trainer.create_model_from_path", lambda *a, **k: pytest.fail("weights loaded")
+    )
     settings = make()
     parallelism = settings.pop("parallelism_config", None)
     if parallelism is not None:
@@ -725,21 +768,25 @@ def test_a_plain_dpo_config_is_refused(base: Path, tmp_path: Path) -> None:
 
     from trl_extras import APOTrainer
 
-    with pytest.raises(TypeError, match="`args` is a DPOConfig, but APOTrainer wants a APOConfig|an APOConfig"):
+    with pytest.raises(TypeError, match="`args` is a DPOConfig, but APOTrainer wants a APOConfig"):
         APOTrainer(model=str(base), args=DPOConfig(**tiny.arguments(tmp_path)), train_dataset=tiny.make_pairs(6))
 
 
 # ---- Two processes ----
 
 TWO_PROCESSES = """
-import sys
+import os, sys, time
 from pathlib import Path
 import torch
 from tests import tiny
 from trl_extras import APOConfig, APOTrainer
+from trl_extras.rounds.state import FullWeights
 
 base, out, batch, resume = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 torch.set_num_threads(1)
+# The second process comes late to everything that is read from disk.
+original = FullWeights.fingerprint
+FullWeights.fingerprint = lambda self: (time.sleep(0.3 * int(os.environ["RANK"])), original(self))[1]
 trainer = APOTrainer(
     model=base,
     args=APOConfig(**tiny.arguments(out, num_rounds=3, extrapolation_alpha=[0.6], per_device_train_batch_size=batch,
@@ -757,12 +804,19 @@ def test_two_processes_agree_with_one_and_resume(base: Path, tmp_path: Path, mak
     script.write_text(TWO_PROCESSES)
 
     def launch(out: Path, resume: str) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
-        subprocess.run(
+        root = str(Path(__file__).parents[1])
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+        process = subprocess.Popen(
             [*command, str(script), str(base), str(out), "2", resume],
-            check=True, timeout=240, capture_output=True, cwd=Path(__file__).parents[1],
-            env={**__import__("os").environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": root},
         )  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"two processes wait for each other: {process.communicate()[0][-2000:]}")
+        assert process.returncode == 0, output[-3000:]
 
     launch(tmp_path / "two", "no")
     one = make_apo("one", extrapolation_alpha=[0.6], per_device_train_batch_size=4, optim="sgd", learning_rate=0.1)

@@ -28,6 +28,7 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from .errors import ConfigurationError
 from .registry import Method, MethodError, Swap, known_names, resolve
 
 
@@ -642,6 +643,8 @@ def run_script(name: str, script: str, arguments: Sequence[str] = (), *, replace
             runpy.run_path(path, run_name="__main__")
         except UserError:
             raise
+        except ConfigurationError as problem:
+            raise UserError(str(problem)) from problem
         except SystemExit as leaving:
             if not leaving.code:
                 watch.check_end()

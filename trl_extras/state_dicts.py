@@ -20,21 +20,24 @@ tensors) as
     acc = new.to(float32); delta = acc - old.to(float32); out = acc + alpha * delta; out.to(new.dtype)
 
 with alpha rounded to that dtype, and the difference, the product and the sum each rounded once: no fused multiply-add,
-so that the bits are the same on every device, in place or not. Two neighbouring bfloat16 numbers differ in their last
-bits only; taken in bfloat16, `alpha * delta` keeps what is left of them and the sum then rounds most of that away.
+so that the bits are the same on every device, in place or not. In bfloat16 arithmetic the product, and the difference
+where weights have moved far, would be rounded to 8 bits too; here only the result is. Nothing helps against that last
+rounding, nor against those of `new` and `old`: a step below half a unit in the last place (0.2 to 0.4 % of a weight)
+is lost in bfloat16 weights. Keep float32 weights where such steps matter.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 
-# Elements worked on at a time. On a CPU the float32 temporaries of a piece stay in the cache, and a piece is no larger
-# than torch's grain size for threads: eight short operations on two threads each wait sixteen times, which on a busy
-# machine has cost a factor of 50. On an accelerator a piece has to be large enough to fill it.
-_CPU_CHUNK = 1 << 15
+# Elements worked on at a time. On a CPU the float32 temporaries of a piece stay in the cache. Where torch may use
+# several threads, a piece also stays below the size (2^15) at which it does: waiting for each other after every short
+# operation has cost a factor of 50 on a busy machine. On an accelerator a piece has to be large enough to fill it.
+_CPU_CHUNK = 1 << 17
+_CPU_CHUNK_THREADED = (1 << 15) - 64
 _DEVICE_CHUNK = 1 << 25
 
 
@@ -75,8 +78,8 @@ def extrapolate_tensor(new: Tensor, old: Tensor, alpha: float) -> Tensor:
         only two pieces of a bounded size are allocated.
 
     Raises:
-        ValueError: `alpha` cannot be used; shape or dtype differ; the tensors are complex; `new` and `old` are finite
-            and the result is not (it overflowed the dtype).
+        ValueError: `alpha` cannot be used; shape or dtype differ; the tensors are complex or 8-bit floats; `new` and
+            `old` are finite and the result is not (it overflowed the dtype).
     """
     out = new.detach().clone()
     extrapolate_(out, old, alpha)
@@ -84,22 +87,26 @@ def extrapolate_tensor(new: Tensor, old: Tensor, alpha: float) -> Tensor:
 
 
 @torch.no_grad()
-def extrapolate_(new: Tensor, old: Tensor, alpha: float) -> None:
+def extrapolate_(new: Tensor, old: Tensor, alpha: float) -> float:
     """
     Write `extrapolate_tensor(new, old, alpha)` into `new`, with the same bits; a parameter that requires grad is fine.
+
+    Returns:
+        The squared norm of the momentum `new - old`, which costs next to nothing here, to about six digits (summed in
+        float32 inside a piece). 0.0 for integers and bools.
 
     Raises:
         ValueError: as `extrapolate_tensor`. After an overflow the beginning of `new` has been written already.
     """
     alpha = check_alpha(alpha)
     _check_tensor(new, old, "new", "old", name=None)
-    if alpha == 0 or not new.is_floating_point() or new.numel() == 0:
-        return
+    if not new.is_floating_point() or new.numel() == 0:
+        return 0.0
     if not new.is_contiguous():
         flat = new.contiguous()
-        extrapolate_(flat, old, alpha)
+        squared_momentum = extrapolate_(flat, old, alpha)
         new.copy_(flat)
-        return
+        return squared_momentum
 
     dtype = _accumulation_dtype(new)
     largest = torch.finfo(new.dtype).max
@@ -107,22 +114,27 @@ def extrapolate_(new: Tensor, old: Tensor, alpha: float) -> None:
     size = _chunk_size(new)
     acc_buffer = torch.empty(min(size, new.numel()), dtype=dtype, device=new.device)
     delta_buffer = torch.empty_like(acc_buffer)
+    squared_momentum = 0.0
     for start in range(0, new.numel(), size):
         new_piece, old_piece = flat_new[start : start + size], flat_old[start : start + size]
         acc, delta = acc_buffer[: len(new_piece)], delta_buffer[: len(new_piece)]
         acc.copy_(new_piece)
         delta.copy_(old_piece)
         torch.sub(acc, delta, out=delta)
+        squared_momentum += float(torch.linalg.vector_norm(delta)) ** 2
+        if alpha == 0:
+            continue  # adding 0 would turn a negative zero into a positive one
         delta.mul_(alpha)
         # Not add_(delta, alpha=alpha): that may be fused, which rounds once where the product and the sum round twice.
         acc.add_(delta)
         # The extremes tell in one pass that all is well; only if they do not is it worth asking element by element.
         low, high = torch.aminmax(acc)
         if not (bool(low >= -largest) and bool(high <= largest)):
-            finite_before = new_piece.to(dtype).isfinite() & old_piece.to(new.device).to(dtype).isfinite()
-            if (finite_before & ~acc.to(new.dtype).to(dtype).isfinite()).any():
+            overflowed = new_piece.isfinite() & old_piece.to(new.device).isfinite() & ~acc.to(new.dtype).isfinite()
+            if overflowed.any():
                 raise ValueError(_overflow(new, alpha))
         new_piece.copy_(acc)
+    return squared_momentum
 
 
 def extrapolate(new: Mapping[str, Tensor], old: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
@@ -130,8 +142,8 @@ def extrapolate(new: Mapping[str, Tensor], old: Mapping[str, Tensor], alpha: flo
     theta_{t+1} from the state dicts of thetahat_{t+1} and thetahat_t (the paper's equation 3.6, on the weights as in
     its section 5.2): `new + alpha * (new - old)`, tensor by tensor. Needs no data and no training.
 
-    Meant for full weights. For LoRA this is not the step on the weights: extrapolating A and B by themselves gives
-    another product B A.
+    Meant for full, unquantised weights. For LoRA this is not the step on the weights: extrapolating A and B by
+    themselves gives another product B A. Nor is it for packed integers or their scales.
 
     Args:
         new: state dict of thetahat_{t+1}.
@@ -146,8 +158,8 @@ def extrapolate(new: Mapping[str, Tensor], old: Mapping[str, Tensor], alpha: flo
 
     Raises:
         ValueError: before any arithmetic, if `alpha` is negative or not finite, and naming the first tensor that is in
-            one state dict only, or whose shape, dtype or ties differ, or that is complex. During it, naming the
-            tensor, if finite inputs overflow the dtype (float16: above 65504).
+            one state dict only, or whose shape, dtype or ties differ, or that is complex or an 8-bit float. During
+            it, naming the tensor, if finite inputs overflow the dtype (float16: above 65504).
 
     Example:
 
@@ -201,44 +213,9 @@ def difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Te
     return result
 
 
-@torch.no_grad()
-def dot(a: Tensor, b: Tensor) -> float:
-    """
-    Sum of the products of two float tensors of one shape, in float64 and in pieces: for norms and cosines over a whole
-    model, tensor by tensor, in little memory. `b` may have another dtype and be on another device.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    total = 0.0
-    for left, right in _pieces(a, b):
-        total += float((left * right).sum())
-    return total
-
-
-def squared_norm(a: Tensor) -> float:
-    """Sum of the squares of a float tensor, in float64 and in pieces."""
-    return dot(a, a)
-
-
-@torch.no_grad()
-def squared_distance(a: Tensor, b: Tensor) -> float:
-    """
-    `squared_norm(a - b)` without holding the difference: summed over a model, the square of the norm of an update
-    (thetahat_{t+1} - theta_t) or of the momentum (thetahat_{t+1} - thetahat_t).
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    total = 0.0
-    for left, right in _pieces(a, b):
-        total += float((left - right).square_().sum())
-    return total
-
-
 def cosine(dot_ab: float, squared_norm_a: float, squared_norm_b: float) -> float:
     """
-    The cosine between two vectors from sums over their tensors (of `dot`, `squared_norm`); 0.0 where either is zero,
+    The cosine between two vectors from sums over their tensors; 0.0 where either is zero,
     which has no angle.
     """
     if squared_norm_a == 0 or squared_norm_b == 0:
@@ -251,7 +228,7 @@ def check_compatible(
     new: Mapping[str, Tensor], old: Mapping[str, Tensor], new_name: str = "new", old_name: str = "old"
 ) -> None:
     """
-    Check that two state dicts have the same names, shapes, dtypes and ties, and no complex tensors.
+    Check that two state dicts have the same names, shapes, dtypes and ties, and dtypes that can be extrapolated.
 
     Raises:
         ValueError: naming the first tensor that does not fit; `new_name` and `old_name` are what to call the two.
@@ -306,8 +283,11 @@ def _check_tensor(new: Tensor, old: Tensor, new_name: str, old_name: str, name: 
         raise ValueError(
             f"{what} has dtype {new.dtype} in `{new_name}` and {old.dtype} in `{old_name}`: load both in one dtype."
         )
-    if new.is_complex():
-        raise ValueError(f"{what} has dtype {new.dtype}, but only float, integer and bool tensors are extrapolated.")
+    if new.is_complex() or (new.is_floating_point() and new.element_size() < 2):
+        raise ValueError(
+            f"{what} has dtype {new.dtype}, which is not extrapolated (8-bit floats mean nothing without their scales)"
+            ": use weights in float16, bfloat16, float32 or float64."
+        )
 
 
 def _overflow(new: Tensor, alpha: float) -> str:
@@ -322,17 +302,6 @@ def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _chunk_size(tensor: Tensor) -> int:
-    return _CPU_CHUNK if tensor.device.type == "cpu" else _DEVICE_CHUNK
-
-
-def _pieces(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Matching flat pieces of two tensors in float64, on `a`'s device (on the CPU for a device without float64)."""
-    if a.shape != b.shape:
-        raise ValueError(f"the two tensors have shapes {tuple(a.shape)} and {tuple(b.shape)}: pass two of one shape.")
-    device = torch.device("cpu") if a.device.type == "mps" else a.device
-    flat_a, flat_b = a.detach().reshape(-1), b.detach().reshape(-1)
-    size = _chunk_size(a)
-    for start in range(0, a.numel(), size):
-        left = flat_a[start : start + size].to(device).to(torch.float64)
-        right = left if b is a else flat_b[start : start + size].to(device).to(torch.float64)
-        yield left, right
+    if tensor.device.type != "cpu":
+        return _DEVICE_CHUNK
+    return _CPU_CHUNK if torch.get_num_threads() == 1 else _CPU_CHUNK_THREADED

@@ -1,4 +1,6 @@
-"""Slow, obvious references of Algorithm 1: separate DPOTrainer runs, and the theorem's coefficients by its recursion."""
+"""
+Slow, obvious references of Algorithm 1: separate DPOTrainer runs, and the theorem's coefficients by its recursion.
+"""
 
 from __future__ import annotations
 

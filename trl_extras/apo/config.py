@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
+from ..errors import ConfigurationError
 from ..rounds.config import RoundsConfig, as_list, per_round
 
 
@@ -39,7 +40,7 @@ class APOConfig(RoundsConfig, DPOConfig):
     """
 
     extrapolation_alpha: list[float] = field(
-        default_factory=lambda: [0.3],  # the paper, section 5.1
+        default_factory=lambda: [0.3],  # the paper, section 5
         metadata={"help": "Extrapolation parameter alpha: one value, or one a round. 0 is iterative DPO."},
     )
     round_beta: list[float] | None = field(
@@ -66,7 +67,9 @@ class APOConfig(RoundsConfig, DPOConfig):
         # argparse checks choices for flags only: a YAML file or a program can bring anything.
         for name, choices in (("momentum_from", MOMENTUM_FROM), ("output_policy", OUTPUT_POLICY)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}, but wants one of {', '.join(choices)}.")
+                raise ConfigurationError(
+                    f"`{name}` is {getattr(self, name)!r}, but wants one of {', '.join(choices)}."
+                )
         self.validate_rounds()
         self.extrapolation_alpha = as_list(
             "extrapolation_alpha",
@@ -85,7 +88,7 @@ class APOConfig(RoundsConfig, DPOConfig):
                 "finite numbers above 0, one a round",
             )
             if len(self.round_beta) != self.num_rounds:
-                raise ValueError(
+                raise ConfigurationError(
                     f"`round_beta` has {len(self.round_beta)} values, but `num_rounds` is {self.num_rounds}: give one "
                     "value a round."
                 )

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from ..cards import build_card
+from ..errors import ConfigurationError
 from ..rounds import RoundsTrainer, durable
 from ..rounds.state import FullWeights, RoundFolder
 from .config import APOConfig
@@ -107,7 +108,7 @@ class APOTrainer(RoundsTrainer, DPOTrainer):
         }
         for name in sorted(wanted.keys() | given.keys()):
             if wanted.get(name) != given.get(name):
-                raise ValueError(
+                raise ConfigurationError(
                     f"`ref_model` differs from the policy in {name!r} ({given.get(name)} against "
                     f"{wanted.get(name)}), but "
                     "from the second round on the reference is a copy of the policy: pass a `ref_model` of the same "
@@ -115,6 +116,10 @@ class APOTrainer(RoundsTrainer, DPOTrainer):
                 )
 
     # ---- A round ----
+
+    def _needs_rounds(self, config: Any) -> list[str]:
+        extrapolated = ["`output_policy='extrapolated'`"] if config.output_policy == "extrapolated" else []
+        return super()._needs_rounds(config) + extrapolated
 
     def _per_round_fields(self) -> set[str]:
         return {"extrapolation_alpha", "round_beta", "beta", "output_policy"}
@@ -174,7 +179,9 @@ class APOTrainer(RoundsTrainer, DPOTrainer):
         if recorded == reference:
             return
         if restored and recorded is not None:
-            raise ValueError("`ref_model` is not the one that this round began with: pass that one again to resume.")
+            raise ConfigurationError(
+                "`ref_model` is not the one that this round began with: pass that one again to resume."
+            )
         if self.args.should_save:
             # Numbers of another reference.
             (folder.path / _LOGPS_FILE).unlink(missing_ok=True)
@@ -206,6 +213,10 @@ class APOTrainer(RoundsTrainer, DPOTrainer):
             # Upstream's cache is keyed by this value; a stale one would silently return another round's numbers.
             self._precompute_model_hash = (folder.manifest() or {})["reference"]
             logps = {}
+            # Upstream's own bar shows the forward passes; those of `datasets` around it would bury it.
+            quiet = not datasets.are_progress_bars_disabled()
+            if quiet:
+                datasets.disable_progress_bars()
             for name, dataset in sets.items():
                 batch_size = self.args.precompute_ref_batch_size or (
                     self.args.per_device_train_batch_size if name == "train" else self.args.per_device_eval_batch_size
@@ -215,6 +226,8 @@ class APOTrainer(RoundsTrainer, DPOTrainer):
                 )
                 for column in _LOGPS:
                     logps[f"{name}/{column}"] = torch.as_tensor(computed[column][:], dtype=torch.float32)
+            if quiet:
+                datasets.enable_progress_bars()
             if self.args.should_save:
                 _write_logps(path, logps)
             self._add_to_manifest(folder)

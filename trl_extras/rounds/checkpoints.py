@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..errors import ConfigurationError
 from . import durable
 
 
@@ -73,7 +74,7 @@ def resolve(value: str | bool | None, output_dir: Path, run_id: str | None) -> t
         try:
             verify_checkpoint(folder)
         except durable.DamagedStateError as error:
-            raise ValueError(
+            raise ConfigurationError(
                 f"`resume_from_checkpoint` is {str(value)!r}, but that is not a whole checkpoint: {error}. Name "
                 "another "
                 "one, or use 'last' for the newest whole one."

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import ConfigurationError
+
 
 ROUND_DATA = ("split", "reuse")
 
@@ -34,7 +36,7 @@ def as_list(name: str, value: Any, kind: type, check: Callable[[Any], bool], wan
         except (TypeError, ValueError, OverflowError):
             valid = False
         if not valid or not check(number):
-            raise ValueError(f"`{name}` is {value!r}, but wants {wants}.")
+            raise ConfigurationError(f"`{name}` is {value!r}, but wants {wants}.")
         result.append(number)
     return result
 
@@ -49,7 +51,7 @@ def per_round(name: str, values: Sequence[Any], num_rounds: int) -> list[Any]:
     if len(values) == 1:
         return list(values) * num_rounds
     if len(values) != num_rounds:
-        raise ValueError(
+        raise ConfigurationError(
             f"`{name}` has {len(values)} values, but `num_rounds` is {num_rounds}: give one value, or one a round."
         )
     return list(values)
@@ -108,15 +110,15 @@ class RoundsConfig:
             ValueError: naming the field, what it got, what it wants.
         """
         if isinstance(self.num_rounds, bool) or not isinstance(self.num_rounds, int) or self.num_rounds < 1:
-            raise ValueError(f"`num_rounds` is {self.num_rounds!r}, but wants a whole number of at least 1.")
+            raise ConfigurationError(f"`num_rounds` is {self.num_rounds!r}, but wants a whole number of at least 1.")
         if self.round_data not in ROUND_DATA:
-            raise ValueError(f"`round_data` is {self.round_data!r}, but wants one of {', '.join(ROUND_DATA)}.")
+            raise ConfigurationError(f"`round_data` is {self.round_data!r}, but wants one of {', '.join(ROUND_DATA)}.")
         if self.round_epochs is not None:
             self.round_epochs = as_list(
                 "round_epochs", self.round_epochs, int, lambda n: n >= 1, "whole numbers of at least 1"
             )
             if len(self.round_epochs) != self.num_rounds:
-                raise ValueError(
+                raise ConfigurationError(
                     f"`round_epochs` has {len(self.round_epochs)} values, but `num_rounds` is {self.num_rounds}: give "
                     "one value a round."
                 )
@@ -124,12 +126,12 @@ class RoundsConfig:
             return
         epochs = self.num_train_epochs
         if self.round_epochs is None and not (math.isfinite(epochs) and epochs >= 1 and epochs == int(epochs)):
-            raise ValueError(
+            raise ConfigurationError(
                 f"`num_train_epochs` is {epochs!r}, but means epochs a round and wants a whole number of at least 1 "
                 "if there is more than one round."
             )
         for setting, reason in self.single_round_settings():
-            raise ValueError(
+            raise ConfigurationError(
                 f"{setting} does not work with more than one round (`num_rounds` is {self.num_rounds}): {reason}"
             )
 
@@ -179,6 +181,11 @@ class RoundsConfig:
             optim in _UNRESETTABLE_OPTIMIZERS or optim.endswith("_layerwise"),
             f"`optim={optim!r}`",
             "its state cannot be made fresh at the start of a round. Use 'adamw_torch'.",
+        )
+        refuse(
+            args.ignore_data_skip,
+            "`ignore_data_skip=True`",
+            "a run that resumes inside an epoch would count its rounds from there. Leave it False.",
         )
         refuse(
             args.dataloader_persistent_workers,

@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from ..errors import ConfigurationError
+
 
 @runtime_checkable
 class RoundDataBuilder(Protocol):
@@ -45,7 +47,7 @@ class RoundDataset(torch.utils.data.Dataset):
     def swap(self, content: Any) -> None:
         """Put the rows of a round in place: a `datasets.Dataset` of 1 to `length` rows."""
         if not 0 < len(content) <= self.length:
-            raise ValueError(f"a round's data have {len(content)} rows, but have to have 1 to {self.length}.")
+            raise ConfigurationError(f"a round's data have {len(content)} rows, but have to have 1 to {self.length}.")
         self.content = content
 
     def __len__(self) -> int:
@@ -82,7 +84,7 @@ def split_folds(keys: Sequence[Hashable] | int, num_folds: int, seed: int) -> li
         for index, key in enumerate(keys):
             groups.setdefault(key, []).append(index)
     if len(groups) < num_folds:
-        raise ValueError(
+        raise ConfigurationError(
             f"the training set has {len(groups)} distinct prompts, but `num_rounds` is {num_folds} and "
             "`round_data='split'` gives each round its own: use fewer rounds, more data, or `round_data='reuse'`."
         )

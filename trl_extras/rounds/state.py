@@ -13,54 +13,31 @@ What has to survive between rounds: the interface to "the weights", and the fold
 
 from __future__ import annotations
 
-import json
+import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import xxhash
-from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import logging
 
 from .. import state_dicts
+from ..tensor_files import WeightsFolder
 from . import durable
 
 
 ROUNDS_DIR = "_rounds"
 STATE_VERSION = 1
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+# Elements worked on at a time: few enough to stay in the cache from one operation to the next.
+_PIECE = 1 << 17
 
-
-class WeightsFolder:
-    """The tensors of a folder written by `TrainableState.save`, read one at a time."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        index = folder / _INDEX
-        self._files: dict[str, str] = {}
-        if index.is_file():
-            self._files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        else:
-            with safe_open(folder / _SINGLE, framework="pt") as file:
-                self._files = dict.fromkeys(file.keys(), _SINGLE)
-        self._open: tuple[str, Any] | None = None
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def __getitem__(self, name: str) -> Tensor:
-        file_name = self._files[name]
-        if self._open is None or self._open[0] != file_name:
-            # One open file at a time: its pages count as this process's memory while it is mapped.
-            self._open = (file_name, safe_open(self.folder / file_name, framework="pt"))
-        return self._open[1].get_tensor(name)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class TrainableState(ABC):
@@ -114,15 +91,47 @@ class TrainableState(ABC):
         """
 
 
+def _one_thread(function: _Function) -> _Function:
+    """
+    Work through pieces on one thread. Threads that have to meet after every short operation gain little on an idle
+    machine, and on a busy one each meeting waits for the scheduler: a boundary has then taken ten times as long.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _pieces(tensor: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """A contiguous tensor as flat pieces, each with its place: views, so that writing to them writes to it."""
+    flat = tensor.detach().view(-1)
+    for start in range(0, len(flat), _PIECE):
+        yield slice(start, start + _PIECE), flat[start : start + _PIECE]
+
+
 class FullWeights(TrainableState):
     """All parameters of an unsharded model; every process holds them all."""
 
     def __init__(self, model: torch.nn.Module):
         self.model = model
+        for parameter in model.parameters():
+            # Files hold contiguous tensors, and so does nearly every model.
+            parameter.data = parameter.data.contiguous()
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
         # named_parameters yields tied weights once, under the name that save_pretrained keeps.
         yield from self.model.named_parameters()
+
+    def _trained(self) -> Iterator[tuple[str, Tensor]]:
+        # A frozen weight has no momentum.
+        yield from ((name, parameter) for name, parameter in self._parameters() if parameter.requires_grad)
 
     @property
     def nbytes(self) -> int:
@@ -151,11 +160,11 @@ class FullWeights(TrainableState):
     @torch.no_grad()
     def load_into(self, reference: torch.nn.Module, folder: Path) -> None:
         saved = WeightsFolder(folder)
-        for name, parameter in reference.named_parameters():
-            parameter.copy_(saved[name])
-        for name, buffer in reference.named_buffers():
+        for name, target in [*reference.named_parameters(), *reference.named_buffers()]:
+            # Buffers that are not saved are derived from the configuration.
             if name in saved:
-                buffer.copy_(saved[name])
+                for piece, flat in _pieces(target):
+                    flat.copy_(saved.piece(name, piece.start, len(flat), target.dtype))
 
     @torch.no_grad()
     def copy_to(self, reference: torch.nn.Module) -> None:
@@ -167,48 +176,52 @@ class FullWeights(TrainableState):
         digest = xxhash.xxh3_128()
         for name, parameter in self._parameters():
             digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)}".encode())
-            data = parameter.detach().contiguous().cpu().view(-1)
-            if data.numel():
-                digest.update(data.view(torch.uint8).numpy().data)
+            if parameter.numel():
+                digest.update(parameter.detach().cpu().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    @_one_thread
     def non_finite(self) -> str | None:
         for name, parameter in self._parameters():
-            if parameter.is_floating_point() and parameter.numel():
-                low, high = torch.aminmax(parameter.detach())
-                if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+            # A sum of squares is finite only if every element is; one that overflows is looked at again.
+            for _, flat in _pieces(parameter) if parameter.is_floating_point() else ():
+                if not math.isfinite(torch.dot(flat, flat).item()) and not flat.isfinite().all():
                     return name
         return None
 
+    @_one_thread
     def extrapolate(self, previous: Path, alpha: float) -> None:
         saved = WeightsFolder(previous)
-        for name, parameter in self._parameters():
-            # A frozen weight has no momentum.
-            if parameter.requires_grad:
+        for name, parameter in self._trained():
+            for piece, flat in _pieces(parameter):
                 try:
-                    state_dicts.extrapolate_(parameter, saved[name].to(parameter.dtype), alpha)
+                    state_dicts.extrapolate_(flat, saved.piece(name, piece.start, len(flat), parameter.dtype), alpha)
                 except ValueError as error:
                     raise ValueError(f"{name!r}: {error}") from None
 
+    @_one_thread
     @torch.no_grad()
     def distances(self, policy: Path, iterate: Path, previous_policy: Path | None) -> dict[str, float | None]:
         theta, thetahat = WeightsFolder(policy), WeightsFolder(iterate)
         before = None if previous_policy is None else WeightsFolder(previous_policy)
         update = momentum = previous = product = 0.0
-        for name, parameter in self._parameters():
-            if not parameter.requires_grad:
-                continue
-            # float32 differences, summed in float64 by `dot`; on the CPU so that they cost the accelerator nothing.
-            live = parameter.detach().cpu().float()
-            moved = live - theta[name].float()
-            update += state_dicts.squared_norm(moved)
-            old = thetahat[name].float()
-            if policy != iterate:
-                momentum += state_dicts.squared_distance(live, old)
-            if before is not None:
-                moved_before = old - before[name].float()
-                previous += state_dicts.squared_norm(moved_before)
-                product += state_dicts.dot(moved, moved_before)
+        buffers = torch.empty(3, _PIECE)
+        for name, parameter in self._trained():
+            for piece, flat in _pieces(parameter):
+                # float32 differences and sums of a piece, summed over the pieces in float64; on the CPU, where the
+                # saved weights are, so that the accelerator neither waits nor needs memory.
+                where = (piece.start, len(flat), parameter.dtype)
+                now, was, hat = flat.cpu().float(), theta.piece(name, *where), thetahat.piece(name, *where)
+                moved, from_hat, moved_before = buffers[:, : len(flat)]
+                torch.sub(now, was, out=moved)
+                update += torch.dot(moved, moved).item()
+                if policy != iterate:
+                    torch.sub(now, hat, out=from_hat)
+                    momentum += torch.dot(from_hat, from_hat).item()
+                if before is not None:
+                    torch.sub(hat.float(), before.piece(name, *where), out=moved_before)
+                    previous += torch.dot(moved_before, moved_before).item()
+                    product += torch.dot(moved, moved_before).item()
         return {
             "update_norm": math.sqrt(update),
             "momentum_norm": math.sqrt(momentum if policy != iterate else update),

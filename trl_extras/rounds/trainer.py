@@ -33,6 +33,7 @@ from transformers.utils import logging
 
 from .. import __version__
 from .._compat import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
+from ..errors import ConfigurationError
 from . import checkpoints, durable
 from .data import RoundDataBuilder, RoundDataset, group_keys, split_folds
 from .plan import RoundPlan, restarting
@@ -120,17 +121,21 @@ class RoundsTrainer(_Parent):
         self._initial_groups: list[dict[str, Any]] = []
         self._weights: TrainableState | None = None
         self._round_started = self._run_started = 0.0
+        self._boundary_seconds = {"weights": 0.0, "data": 0.0}
         self._run_started_step = 0
         # Before the parent moves defaults into the arguments, and before any weights load.
         self._configuration = self._comparable_configuration(config)
         unsupported = self._unsupported(given, config)
         if config.num_rounds > 1 and unsupported:
             setting, reason = unsupported[0]
-            raise ValueError(
+            raise ConfigurationError(
                 f"{setting} does not work with more than one round (`num_rounds` is {config.num_rounds}): {reason}"
             )
         # One round is the parent's run and takes whatever the parent takes; then nothing is kept for a second round.
         self._keeps_rounds = not unsupported and not config.single_round_settings()
+        for setting in () if self._keeps_rounds else self._needs_rounds(config):
+            setting_in_force = (unsupported or config.single_round_settings())[0][0]
+            raise ConfigurationError(f"{setting} needs the rounds' state, which is not kept with {setting_in_force}.")
         self._check_rows(given.get("train_dataset"), config)
         if self._keeps_rounds:
             self._refuse_foreign_rounds(config)
@@ -218,7 +223,7 @@ class RoundsTrainer(_Parent):
             return
         rows = len(train_dataset)
         if config.round_data == "split" and rows < config.num_rounds:
-            raise ValueError(
+            raise ConfigurationError(
                 f"`train_dataset` has {rows} rows, but `num_rounds` is {config.num_rounds} and `round_data='split'` "
                 "gives each round its own: use fewer rounds, more data, or `round_data='reuse'`."
             )
@@ -232,7 +237,7 @@ class RoundsTrainer(_Parent):
 
     @staticmethod
     def _refuse_max_steps(got: int, plan: int) -> None:
-        raise ValueError(
+        raise ConfigurationError(
             f"`max_steps` is {got}, but the rounds take {plan} steps, epochs and rows together: leave `max_steps` at "
             "-1 "
             "and set `num_rounds` and `num_train_epochs` (epochs a round)."
@@ -252,7 +257,7 @@ class RoundsTrainer(_Parent):
         # Fields of one version only are no difference: upgrading a library must not strand a run.
         for name in sorted(set(other) & set(self._configuration)):
             if other[name] != self._configuration[name]:
-                raise ValueError(
+                raise ConfigurationError(
                     f"`{name}` is {self._configuration[name]!r}, but {where} was made with {other[name]!r}: set it "
                     "back "
                     "to go on with that run, or use another `output_dir`."
@@ -275,12 +280,16 @@ class RoundsTrainer(_Parent):
             run = json.loads(path.read_text(encoding="utf-8"))
             run["configuration"].items()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise ConfigurationError(
                 f"`output_dir` holds rounds, but {path} is unreadable: remove it or use another folder."
             ) from error
         return run
 
     # ---- What a method adds ----
+
+    def _needs_rounds(self, config: Any) -> list[str]:
+        """The settings in force that do nothing where no rounds are kept."""
+        return ["`keep_iterates=True`"] if config.keep_iterates else []
 
     def _per_round_fields(self) -> set[str]:
         """Config fields whose values belong to rounds: compared round by round when a run goes on."""
@@ -351,13 +360,19 @@ class RoundsTrainer(_Parent):
             ValueError: the checkpoint is damaged, or belongs to another run.
         """
         if trial is not None and self._multi_round:
-            raise ValueError(
+            raise ConfigurationError(
                 "A hyperparameter search does not work with more than one round: search with `num_rounds=1`."
             )
         for setting, reason in (
             self._unsupported_callbacks(self.callback_handler.callbacks) if self._multi_round else []
         ):
-            raise ValueError(f"{setting} does not work with more than one round: {reason}")
+            raise ConfigurationError(f"{setting} does not work with more than one round: {reason}")
+        if self.round_data_builder is not None and not self._multi_round:
+            raise ConfigurationError(
+                "`round_data_builder` is set, but `num_rounds` is 1 and the run is the parent's, on `train_dataset`: "
+                "pass "
+                "the rows as `train_dataset`, or use more rounds."
+            )
         run = self._read_run(self._output_dir) if self._keeps_rounds else None
         checkpoint, told = checkpoints.resolve(
             resume_from_checkpoint, self._output_dir, run.get("run_id") if run else None
@@ -420,19 +435,19 @@ class RoundsTrainer(_Parent):
         manifest = self._checkpoint_manifest(checkpoint)
         if manifest is None or "round" not in manifest:
             if self._multi_round:
-                raise ValueError(
+                raise ConfigurationError(
                     f"`resume_from_checkpoint` names {checkpoint.name}, which holds no rounds (the stock trainer "
                     "wrote "
                     "it, or a run that kept none): start from its weights instead, with it as the model."
                 )
             return
         if self._multi_round and manifest["world_size"] != self.accelerator.num_processes:
-            raise ValueError(
+            raise ConfigurationError(
                 f"{checkpoint.name} was written by {manifest['world_size']} processes, but there are "
                 f"{self.accelerator.num_processes}: resume with as many."
             )
         if not (checkpoint / "scheduler.pt").is_file() and not (checkpoint / "optimizer.pt").is_file():
-            raise ValueError(
+            raise ConfigurationError(
                 f"{checkpoint.name} was written with `save_only_model=True` and has no optimizer state to resume "
                 "from: "
                 "start from its weights instead, with it as the model."
@@ -440,7 +455,7 @@ class RoundsTrainer(_Parent):
         self._compare_configuration(manifest["configuration"], checkpoint.name)
         round_index = manifest["round"]
         if round_index >= self.args.num_rounds:
-            raise ValueError(
+            raise ConfigurationError(
                 f"`num_rounds` is {self.args.num_rounds}, but {checkpoint.name} is in round {round_index + 1}: set "
                 "`num_rounds` to at least that."
             )
@@ -449,7 +464,7 @@ class RoundsTrainer(_Parent):
             now = {**self.round_settings(t), **(self._transition_settings(t) if t else {})}
             for name in settings.keys() & now.keys():
                 if settings[name] != now[name]:
-                    raise ValueError(
+                    raise ConfigurationError(
                         f"`{name}` of round {t + 1} is {now[name]!r}, but {checkpoint.name} has had it with "
                         f"{settings[name]!r}: only rounds to come can be changed."
                     )
@@ -506,7 +521,7 @@ class RoundsTrainer(_Parent):
             self.lr_scheduler = None
             scheduler = super().create_scheduler(steps, optimizer)
             if not isinstance(scheduler, LambdaLR):
-                raise ValueError(
+                raise ConfigurationError(
                     f"`lr_scheduler_type={self.args.lr_scheduler_type!r}` makes a {type(scheduler).__name__}, but "
                     "rounds "
                     "need a schedule that is a function of the step. Use 'linear' or 'cosine'."
@@ -598,7 +613,9 @@ class RoundsTrainer(_Parent):
         begun = time.monotonic()
         if round_index > 0:
             self._finish_round(round_index - 1)
-            # First of all: the optimiser's state is what makes room for everything below.
+        if self._multi_round:
+            # First of all: the optimiser's state is what makes room for everything below. In the first round it is
+            # there only where `train()` is called again.
             self._reset_optimizer()
         folder = RoundFolder(self._output_dir, round_index)
         previous = RoundFolder(self._output_dir, round_index - 1)
@@ -661,11 +678,12 @@ class RoundsTrainer(_Parent):
         write = self.args.should_save
         fingerprint = self._weights.fingerprint()
         found = folder.manifest()
+        # All have looked before anyone writes: else a slow process would find what a fast one has just written.
+        self.accelerator.wait_for_everyone()
         content = self._state_content(round_index) | {"iterate": fingerprint}
         if found is not None and all(
             found.get(key) == content[key] for key in ("iterate", "settings", "configuration_hash")
         ):
-            self.accelerator.wait_for_everyone()
             if round_index > 0:
                 self._transition(round_index, previous)
             if self._weights.fingerprint() == found["policy"]:
@@ -674,6 +692,7 @@ class RoundsTrainer(_Parent):
                         folder.path / durable.MANIFEST,
                         {**found, "run_id": self._run_id, "summaries": self.round_summaries},
                     )
+                    self._link_iterate(folder)
                 self.accelerator.wait_for_everyone()
                 return
             self._weights.load(folder.iterate)
@@ -695,8 +714,7 @@ class RoundsTrainer(_Parent):
                     durable.link_tree(previous.policy, partial / "previous_policy")
                 durable.write_manifest(partial, content)
                 durable.publish(partial, folder.path)
-                if self.args.keep_iterates and round_index > 0:
-                    self._link_iterate(round_index, folder.iterate)
+                self._link_iterate(folder)
         except BaseException:
             if write:
                 durable.remove(partial)
@@ -723,11 +741,18 @@ class RoundsTrainer(_Parent):
         }
 
     def _write_run(self) -> None:
-        """A fresh start: the folder now belongs to this run."""
+        """
+        A fresh start: the folder now belongs to this run, and nobody shall take an earlier one's results for its.
+        """
+        assert self._plan is not None
         if self.args.should_save:
             rounds = self._output_dir / ROUNDS_DIR
-            rounds.mkdir(parents=True, exist_ok=True)
             with self._state_errors(0):
+                rounds.mkdir(parents=True, exist_ok=True)
+                durable.discard(rounds / "iterates")
+                for old in rounds.glob("round-*"):
+                    if int(old.name.removeprefix("round-")) >= self._plan.num_rounds:
+                        durable.discard(old)
                 durable.write_json(
                     rounds / "run.json",
                     {"version": STATE_VERSION, "run_id": self._run_id, "configuration": self._configuration},
@@ -755,12 +780,16 @@ class RoundsTrainer(_Parent):
                 self._write_summaries()
         self.accelerator.wait_for_everyone()
         if self._multi_round and target.manifest() is None:
-            raise ValueError(f"{checkpoint.name} does not hold the state of its round: use another checkpoint.")
+            raise ConfigurationError(
+                f"{checkpoint.name} does not hold the state of its round: use another checkpoint."
+            )
 
-    def _link_iterate(self, number: int, source: Path) -> None:
-        target = self._output_dir / ROUNDS_DIR / "iterates" / str(number)
-        with durable.new_folder(target) as partial:
-            durable.link_tree(source, partial)
+    def _link_iterate(self, folder: RoundFolder) -> None:
+        """Keep what the round before `folder`'s ended with, if iterates are kept."""
+        if self.args.keep_iterates and folder.round_index > 0:
+            target = self._output_dir / ROUNDS_DIR / "iterates" / str(folder.round_index)
+            with durable.new_folder(target) as partial:
+                durable.link_tree(folder.iterate, partial)
 
     def _keep_final_iterate(self, number: int) -> None:
         assert self._weights is not None
@@ -783,6 +812,9 @@ class RoundsTrainer(_Parent):
     def _make_rows(self, round_index: int, folder: RoundFolder) -> Any:
         """The rows of a round: from its builder, or its fold."""
         if not self._multi_round:
+            # The parent's own way, whatever the dataset is; what a second round would compare is recorded all the
+            # same.
+            self._check_same_rows(self._prepared_train_dataset, folder)
             return self._prepared_train_dataset
         if self.round_data_builder is not None:
             return self._built_rows(round_index, folder)
@@ -810,10 +842,10 @@ class RoundsTrainer(_Parent):
                 rows.to_parquet(str(partial))
                 durable.sync(partial)
                 partial.replace(path)
-            self._add_to_manifest(folder)
+            self._add_to_manifest(folder, num_rows=len(rows))
         planned = len(self._rows)
         if len(rows) > planned:
-            raise ValueError(
+            raise ConfigurationError(
                 f"Round {round_index + 1}: the round data builder returned {len(rows)} rows, but every round has "
                 f"{planned}: return at most that many."
             )
@@ -827,14 +859,14 @@ class RoundsTrainer(_Parent):
 
     def _prepare_built(self, built: Any, round_index: int) -> Any:
         if not isinstance(built, datasets.Dataset) or len(built) == 0:
-            raise ValueError(
+            raise ConfigurationError(
                 f"Round {round_index + 1}: the round data builder returned "
                 f"{'no rows' if isinstance(built, datasets.Dataset) else type(built).__name__}, but has to return a "
                 "`datasets.Dataset` with at least one row."
             )
         rows = self._prepare_dataset(built, self.processing_class, self.args, "train")
         if len(rows) == 0:
-            raise ValueError(
+            raise ConfigurationError(
                 f"Round {round_index + 1}: all {len(built)} rows of the round data builder were dropped in "
                 "preparation, "
                 "because their prompts alone fill `max_length`."
@@ -848,10 +880,10 @@ class RoundsTrainer(_Parent):
         if manifest is None:
             return
         if "rows" not in manifest:
-            self._add_to_manifest(folder, rows=digest)
+            self._add_to_manifest(folder, rows=digest, num_rows=len(rows))
         elif manifest["rows"] != digest:
             if self._resumed_from is not None and folder.round_index == self._plan_round():
-                raise ValueError(
+                raise ConfigurationError(
                     "`train_dataset` does not give the rows that this round has been trained on so far: pass the data "
                     "of the run that you resume, or use another `output_dir`."
                 )
@@ -859,7 +891,7 @@ class RoundsTrainer(_Parent):
             for name in list(manifest["files"]):
                 if "/" not in name and self.args.should_save:
                     (folder.path / name).unlink(missing_ok=True)
-            self._add_to_manifest(folder, rows=digest)
+            self._add_to_manifest(folder, rows=digest, num_rows=len(rows))
 
     def _plan_round(self) -> int | None:
         """The round that the run resumed inside of, or None where it began or resumed at a boundary."""
@@ -889,15 +921,17 @@ class RoundsTrainer(_Parent):
             **self._summary_settings(round_index),
             "first_step": self._plan.starts[round_index] + 1,
             "last_step": self._plan.starts[round_index + 1],
-            "rows": len(self._rows.content) if self._rows is not None and self._rows.content else None,
-            "rows_per_epoch": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
         }
-        if folder.manifest() is not None:
+        manifest = folder.manifest()
+        if manifest is not None:
+            summary["rows"] = manifest.get("num_rows")
             summary |= self._weights.distances(folder.policy, folder.iterate, folder.previous_policy)
         now = time.monotonic()
         summary["train_seconds"] = round(now - self._round_started, 3) if self._round == round_index else None
-        boundary = getattr(self, "_boundary_seconds", {}) if self._round == round_index else {}
-        summary |= {f"boundary_{name}_seconds": round(seconds, 3) for name, seconds in boundary.items()}
+        for name in ("weights", "data"):
+            # Unknown where the run has resumed at the round's end.
+            known = self._round == round_index
+            summary[f"boundary_{name}_seconds"] = round(self._boundary_seconds[name], 3) if known else None
         summary |= self._logged_in(round_index)
         self._call_round_end(round_index, summary)
         self.round_summaries = [row for row in self.round_summaries if row["round"] != round_index] + [summary]

@@ -115,10 +115,12 @@ def main(
 
 
 if __name__ == "__main__":
+    from trl_extras.errors import ConfigurationError
     from trl_extras.run import UserError, report
 
     try:
-        parsed = parse_arguments()
+        main(*parse_arguments())
     except UserError as error:
         raise SystemExit(report(error, PROG)) from None
-    main(*parsed)
+    except ConfigurationError as error:
+        raise SystemExit(report(UserError(str(error)), PROG)) from None

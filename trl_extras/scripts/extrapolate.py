@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trl_extras.tensor_files import Entry, read_header, read_into
+
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -42,7 +44,6 @@ _CHAT_TEMPLATES = "additional_chat_templates"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Large enough that opening files and calling torch cost little beside it, small enough to stay in the cache.
 _PIECE_BYTES = 2 << 20
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 class CheckpointError(ValueError):
@@ -62,20 +63,9 @@ class _Source:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """Where a tensor lies on disk."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int  # bytes from the beginning of the file
-    end: int
-
-
-@dataclass(frozen=True)
 class _Checkpoint:
     shards: list[Path]
-    tensors: dict[str, _Entry]  # shard by shard, in the order of the bytes
+    tensors: dict[str, Entry]  # shard by shard, in the order of the bytes
     config: dict[str, Any]
 
 
@@ -151,7 +141,8 @@ def extrapolate_checkpoints(
     The files have the names, the order of tensors and the metadata of `new`'s; `old` may be sharded otherwise. Every
     tensor keeps its dtype; floats are computed as `trl_extras.state_dicts` pins it, integers and bools are `new`'s.
     All checks come before the first write. The folder is written beside `output` under a temporary name, synced to
-    disk, and renamed at the end; after an error or an interrupt nothing is left.
+    disk, and renamed at the end; after an error or an interrupt nothing is left (after SIGKILL or a power cut perhaps
+    a hidden `.OUT.partial-PID`, but no `OUT`).
 
     Args:
         new, old: folders with `model.safetensors`, or its index and shards.
@@ -270,7 +261,7 @@ def _read_checkpoint(source: _Source) -> _Checkpoint:
             "Pass unquantised checkpoints."
         )
 
-    tensors: dict[str, _Entry] = {}
+    tensors: dict[str, Entry] = {}
     for shard in shards:
         if not shard.is_file():
             raise CheckpointError(
@@ -321,27 +312,13 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _read_header(file: Path) -> dict[str, _Entry]:
-    """The tensors of a safetensors file, in the order of their bytes."""
-    from safetensors import SafetensorError, safe_open
+def _read_header(file: Path) -> dict[str, Entry]:
+    from safetensors import SafetensorError
 
     try:
-        # Opening it makes the library check the header: sizes, offsets without holes or overlaps, no truncation.
-        with safe_open(file, framework="pt"):
-            pass
+        return read_header(file)
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
-    # The offsets are read here because the library hands out tensors only as maps of the file, whose pages would count
-    # as this process's memory; the format (8 bytes of length, JSON, bytes) is safetensors' published one.
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(min(length, _MAX_HEADER_BYTES)))
-    header.pop("__metadata__", None)
-    entries = {}
-    for name, info in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
-        start, end = info["data_offsets"]
-        entries[name] = _Entry(file, info["dtype"], tuple(info["shape"]), 8 + length + start, 8 + length + end)
-    return entries
 
 
 def _check_pair(new: _Checkpoint, old: _Checkpoint, source_new: _Source, source_old: _Source) -> None:
@@ -483,7 +460,7 @@ def _start_shard(shard: Path, output: Path) -> None:
         target.truncate(shard.stat().st_size)
 
 
-def _pieces(entries: dict[str, _Entry], old: _Checkpoint, output: Path) -> Iterator[_Piece]:
+def _pieces(entries: dict[str, Entry], old: _Checkpoint, output: Path) -> Iterator[_Piece]:
     for name, entry in entries.items():
         other = old.tensors[name]
         for offset in range(0, entry.end - entry.start, _PIECE_BYTES):
@@ -520,10 +497,10 @@ def _extrapolate_piece(piece: _Piece, alpha: float, local: threading.local) -> f
 
 
 def _read_into(buffer: bytearray, file: Path, start: int, size: int) -> None:
-    with file.open("rb") as stream:
-        stream.seek(start)
-        if stream.readinto(memoryview(buffer)[:size]) != size:
-            raise CheckpointError(f"{file} became shorter while it was read.")
+    try:
+        read_into(buffer, file, start, size)
+    except EOFError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _fsync(path: Path) -> None:

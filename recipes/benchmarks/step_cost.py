@@ -1,0 +1,201 @@
+"""
+What a training step of APOTrainer costs, against DPOTrainer on the same batches.
+
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python recipes/benchmarks/step_cost.py
+    python recipes/benchmarks/step_cost.py --memory
+
+Time: three whole trainers, two DPOTrainers and one APOTrainer, run in one process and take turns, one step each in a
+drawn order; a turn lasts from one step's beginning to the next one's, with whatever the loop, callbacks and loggers
+do. The ratio is taken turn by turn, and that of the two DPOTrainers to each other is the yardstick: what the machine
+calls equal. Without the two allocator settings (they keep glibc from handing memory back after every step) the noise
+is about three times as large.
+
+Memory: each configuration in a process of its own, without those settings, six steps; APOTrainer's are three rounds of
+two, with both boundaries inside. What is compared is the highest resident size (on a GPU also its own peak).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CI", "1")  # no telemetry
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import common
+import datasets
+import torch
+import transformers
+from transformers import TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from trl_extras import APOConfig, APOTrainer
+
+
+datasets.disable_progress_bars()
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+
+
+class Turns:
+    """Hands the machine from one trainer to the next; whoever has it takes one step."""
+
+    def __init__(self, names: list[str], steps: int, seed: int):
+        draw = random.Random(seed)
+        self.order = [name for _ in range(steps) for name in draw.sample(names, len(names))]
+        self.condition = threading.Condition()
+        self.position = 0
+        self.seconds: dict[str, list[float]] = {name: [] for name in names}
+        self.begun: float | None = None
+
+    def step(self, name: str) -> None:
+        """Called at the beginning of each of `name`'s steps: ends its last turn and waits for its next."""
+        with self.condition:
+            if self.begun is not None and self.order[self.position] == name:
+                self.seconds[name].append(time.perf_counter() - self.begun)
+                self.begun = None
+                self.position += 1
+                self.condition.notify_all()
+            if self.position < len(self.order):
+                self.condition.wait_for(lambda: self.position >= len(self.order) or self.order[self.position] == name)
+            self.begun = time.perf_counter()
+
+
+class Turn(TrainerCallback):
+    def __init__(self, turns: Turns, name: str):
+        self.turns, self.name = turns, name
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.turns.step(self.name)
+        if self.turns.position >= len(self.turns.order):
+            control.should_training_stop = True
+        return control
+
+
+def make_trainer(name: str, folder: Path, options: argparse.Namespace, steps: int, **kwargs: Any) -> Any:
+    tokenizer = common.make_tokenizer()
+    rounds = kwargs.pop("num_rounds", 2)
+    own = {"precompute_ref_log_probs": options.precompute, **kwargs}
+    settings = common.arguments(folder / name, options.batch_size, **own)
+    if name.startswith("apo"):
+        config: Any = APOConfig(**settings, num_rounds=rounds, round_data="split")
+        rows = steps * options.batch_size * rounds
+    else:
+        config = DPOConfig(**settings, num_train_epochs=1)
+        rows = steps * options.batch_size
+    return (APOTrainer if name.startswith("apo") else DPOTrainer)(
+        model=common.make_model(),
+        # Upstream would load a reference from the model's path; it has none.
+        ref_model=None if name.startswith("apo") or options.precompute else common.make_model(),
+        args=config,
+        train_dataset=common.make_pairs(rows, options.tokens),
+        processing_class=tokenizer,
+    )
+
+
+def measure_time(options: argparse.Namespace) -> None:
+    missing = [f"{name}={value}" for name, value in ALLOCATOR.items() if os.environ.get(name) != value]
+    if missing and not torch.cuda.is_available():
+        print(
+            f"Set {' '.join(missing)} in front of the command: without them the noise is about three times as large."
+        )
+    names = ["dpo", "dpo again", "apo"]
+    turns = Turns(names, options.warmup + options.pairs, options.seed)
+    steps = options.warmup + options.pairs + 3
+    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+        trainers = {name: make_trainer(name, Path(folder), options, steps) for name in names}
+        threads = []
+        for name, trainer in trainers.items():
+            trainer.add_callback(Turn(turns, name))
+            threads.append(threading.Thread(target=trainer.train, name=name))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    seconds = {name: values[options.warmup :] for name, values in turns.seconds.items()}
+    rows = list(zip(*(seconds[name] for name in names), strict=True))
+    print(
+        f"\n{common.machine()}; {options.batch_size} pairs of {options.tokens} tokens a step, {len(rows)} turns each\n"
+    )
+    print("| | ratio, median (middle half) |\n|---|---|")
+    print(f"| DPOTrainer against itself (the yardstick) | {common.spread([b / a for a, b, _ in rows])} |")
+    print(f"| APOTrainer against DPOTrainer | {common.spread([c / a for a, _, c in rows])} |")
+    print(f"| APOTrainer against the second DPOTrainer | {common.spread([c / b for _, b, c in rows])} |")
+
+
+def measure_memory(options: argparse.Namespace) -> None:
+    environment = {key: value for key, value in os.environ.items() if key not in ALLOCATOR}
+    peaks: dict[str, list[float]] = {}
+    names = ["dpo", "apo", "dpo-precomputed", "apo-precomputed"]
+    for repeat in range(options.repeats):
+        for name in names:
+            command = [sys.executable, __file__, "--child", name, "--batch-size", str(options.batch_size)]
+            command += ["--tokens", str(options.tokens), "--dir", options.dir or tempfile.gettempdir()]
+            output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+            peak = json.loads(output.splitlines()[-1])["peak_gb"]
+            peaks.setdefault(name, []).append(peak)
+            print(f"{repeat + 1}: {name} {peak:.3f} GB", flush=True)
+    print("\n| | peak, GB, each run | ratio of the medians |\n|---|---|---|")
+    for suffix in ("", "-precomputed"):
+        stock, ours = sorted(peaks[f"dpo{suffix}"]), sorted(peaks[f"apo{suffix}"])
+        middle = len(stock) // 2
+        what = ", reference log-probs computed ahead" if suffix else ""
+        print(f"| DPOTrainer{what} | {', '.join(f'{p:.2f}' for p in stock)} | 1 |")
+        print(f"| APOTrainer{what} | {', '.join(f'{p:.2f}' for p in ours)} | {ours[middle] / stock[middle]:.3f} |")
+
+
+def memory_child(options: argparse.Namespace) -> None:
+    name = options.child
+    options.precompute = name.endswith("precomputed")
+    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+        trainer = make_trainer(name, Path(folder), options, 2 if name.startswith("apo") else 6, num_rounds=3)
+        trainer.train()
+        trainer.save_model()
+        assert trainer.state.global_step == 6
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 1e9
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print(json.dumps({"peak_gb": peak}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=36, help="turns of each trainer that count")
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--precompute", action="store_true", help="reference log-probabilities computed ahead")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    parser.add_argument("--repeats", type=int, default=3, help="processes of each configuration, with --memory")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dir", help="where to put temporary files")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        memory_child(options)
+    elif options.memory:
+        measure_memory(options)
+    else:
+        measure_time(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,526 @@
+"""
+Kill small APO runs with SIGKILL at random instants of their training, resume them, and compare with runs left alone.
+
+```bash
+python tests/kill_campaign.py 60 --seed 0
+python tests/kill_campaign.py 8 --processes 2
+```
+
+Each case is a tiny model and a configuration drawn at random. One run is left alone; a second one is killed, up to
+four times, and resumed with `resume_from_checkpoint="True"` (or another spelling) until it is done. After every kill:
+
+- every folder named `checkpoint-N` is complete, checksums included;
+- the newest is at least as new as the newest one that was announced as complete before the kill: none is lost;
+- the next life goes on from exactly that one.
+
+At the end of a case the weights, the logged losses, rates and gradient norms, `rounds.jsonl` (but for durations) and
+all weights on disk are those of the run left alone, to the bit, and the same files lie in the output folder: no
+leftovers.
+
+A process that has imported everything forks one child a life, because most of a small run is imports. The children
+wait at random at durable operations, upstream's `TrainerState.save_to_json` included, so that many kills hit inside
+them: instants in which a folder is half-written are long enough to be met. SIGKILL is the end of a process, not of a
+machine: what the disk itself would lose without fsync is not tested here.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+# Before anything of torch: a process that has threads cannot be forked safely.
+os.environ.update(
+    OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", TQDM_DISABLE="1",
+    HF_HUB_DISABLE_TELEMETRY="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+)  # fmt: skip
+
+import argparse
+import collections
+import contextlib
+import ctypes
+import hashlib
+import json
+import mmap
+import random
+import re
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import datasets
+import torch
+from transformers import PreTrainedModel, TrainerState
+
+from tests import tiny
+from trl_extras import APOConfig, APOTrainer
+from trl_extras.rounds import checkpoints, durable
+from trl_extras.rounds.state import FullWeights
+from trl_extras.rounds.trainer import RoundsTrainer
+
+
+MOST_KILLS = 4
+LIFE_SECONDS = 180
+SPELLINGS = ("True", "True", "true", "last", True)
+
+# What is watched, outermost first: what the trainer is doing, the operation inside it, the system call inside that.
+LEVELS: tuple[tuple[tuple[Any, str, str], ...], ...] = (
+    (
+        (RoundsTrainer, "_tidy", "tidying up"),
+        (RoundsTrainer, "_start_run", "start of a run"),
+        (RoundsTrainer, "_restore_folder", "round restored from a checkpoint"),
+        (RoundsTrainer, "_reenter_round", "resumed inside a round"),
+        (RoundsTrainer, "_enter_round", "boundary"),
+        (RoundsTrainer, "_save_checkpoint", "checkpoint"),
+        (RoundsTrainer, "_on_train_end", "end of the run"),
+        (RoundsTrainer, "training_step", "training step"),
+    ),
+    (
+        (durable, "write_manifest", "manifest"),
+        (durable, "publish", "rename to the final name"),
+        (durable, "discard", "an old folder goes"),
+        (durable, "write_json", "JSON write"),
+        (durable, "link_tree", "hard links"),
+        (durable, "sweep", "leftovers go"),
+        (PreTrainedModel, "save_pretrained", "model files"),
+        (torch, "save", "optimiser and random state"),
+        (FullWeights, "save", "weights written"),
+        (FullWeights, "extrapolate", "extrapolation"),
+        (FullWeights, "distances", "norms"),
+        (TrainerState, "save_to_json", "trainer_state.json"),
+        (APOTrainer, "_with_reference_logps", "reference log-probs"),
+        (RoundsTrainer, "_write_summaries", "rounds.jsonl"),
+    ),
+    (
+        (os, "fsync", "fsync"),
+        (os, "link", "link"),
+        (os, "unlink", "unlink"),
+        (os, "rmdir", "rmdir"),
+        (Path, "rename", "rename"),
+        (Path, "replace", "replace"),
+    ),
+)
+# The longest wait at an operation of each level, in seconds; and before upstream's last file, which makes its
+# half-written window a good part of a checkpoint.
+WAITS = (0.0, 0.02, 0.004)
+WAIT_STATE_FILE = 0.04
+
+
+class Status:
+    """Numbers that a child leaves for its parent, in memory that outlives it."""
+
+    NAMES = ("training", "resumed_at", "announced", "step", "level0", "level1", "level2", "finished")
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 8 * len(self.NAMES))
+        self.resumed_at = self.announced = -1
+
+    def __getattr__(self, name: str) -> int:
+        if name not in self.NAMES:
+            raise AttributeError(name)
+        value: int = struct.unpack_from("q", self._memory, 8 * self.NAMES.index(name))[0]
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.NAMES:
+            # One aligned word: a kill cannot tear it.
+            struct.pack_into("q", self._memory, 8 * self.NAMES.index(name), value)
+        else:
+            super().__setattr__(name, value)
+
+    def where(self) -> str:
+        """What a dead child was doing."""
+        names = [
+            operations[at - 1][2]
+            for at, operations in zip((self.level0, self.level1, self.level2), LEVELS, strict=True)
+            if at
+        ]
+        if not self.training:
+            return "before the training"
+        # The system calls would make a table of a hundred rows.
+        return ": ".join(names[:2]) if self.level0 or self.level1 else "between steps"
+
+
+# ---- In a child ----
+
+
+def watch(status: Status, seed: int) -> None:
+    """Patch this process's operations so that they say where the run is and wait at random before and after."""
+    # Not the global generator: the training's random numbers are its own.
+    draw = random.Random(seed)
+
+    def patch(level: int, index: int, owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+        longest = WAIT_STATE_FILE if name == "save_to_json" else WAITS[level]
+
+        def pause() -> None:
+            # System calls wait inside our operations only: elsewhere a run makes thousands.
+            if longest and (level != 2 or status.level0) and draw.random() < 0.5:
+                time.sleep(draw.uniform(0, longest))
+
+        def patched(*args: Any, **kwargs: Any) -> Any:
+            field_name = f"level{level}"
+            before = getattr(status, field_name)
+            setattr(status, field_name, index + 1)
+            pause()
+            try:
+                result = original(*args, **kwargs)
+                if name == "publish" and (match := re.fullmatch(r"checkpoint-(\d+)", Path(args[1]).name)):
+                    status.announced = int(match[1])
+                pause()
+                return result
+            finally:
+                setattr(status, field_name, before)
+
+        setattr(owner, name, patched)
+
+    for level, operations in enumerate(LEVELS):
+        for index, (owner, name, _) in enumerate(operations):
+            patch(level, index, owner, name)
+
+    train, began, stepped = RoundsTrainer.train, RoundsTrainer._on_train_begin, RoundsTrainer._on_step_end
+
+    def training(self: Any, *args: Any, **kwargs: Any) -> Any:
+        status.training = 1
+        return train(self, *args, **kwargs)
+
+    def beginning(self: Any) -> None:
+        status.resumed_at = self.state.global_step
+        began(self)
+
+    def step_done(self: Any, control: Any) -> Any:
+        status.step = self.state.global_step
+        return stepped(self, control)
+
+    RoundsTrainer.train, RoundsTrainer._on_train_begin = training, beginning  # type: ignore[method-assign]
+    RoundsTrainer._on_step_end = step_done  # type: ignore[method-assign]
+
+
+def live(case: Case, folder: Path, resume: Any) -> dict[str, Any]:
+    """One life of a run, to its end; what it ended with."""
+    settings = dict(case.settings)
+    rows, has_reference = settings.pop("rows"), settings.pop("ref_model")
+    data = tiny.make_pairs(rows)
+    if case.processes > 1:
+        # Of rows in memory every process has its own cache file, and upstream's reference log-probabilities are lost.
+        data = datasets.load_from_disk(str(case.folder / "data"))
+    trainer = APOTrainer(
+        model=str(case.base),
+        ref_model=tiny.make_model(seed=9) if has_reference else None,
+        args=APOConfig(**tiny.arguments(folder, **settings)),
+        train_dataset=data,
+        processing_class=tiny.make_tokenizer(),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    weights = hashlib.sha256()
+    for name, parameter in trainer.model.named_parameters():
+        weights.update(name.encode() + parameter.detach().contiguous().numpy().tobytes())
+    keys = ("step", "loss", "learning_rate", "grad_norm")
+    lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+    return {
+        "weights": weights.hexdigest(),
+        "logs": [[entry.get(key) for key in keys] for entry in trainer.state.log_history if "loss" in entry],
+        "rounds": [comparable(json.loads(line)) for line in lines],
+    }
+
+
+def comparable(content: dict[str, Any]) -> dict[str, Any]:
+    """A row of `rounds.jsonl` without durations, and without TRL's count of tokens, which starts at 0 when resumed."""
+    return {
+        key: comparable(value) if isinstance(value, dict) else value
+        for key, value in content.items()
+        if not re.search(r"_seconds$|^num_tokens$", key)
+    }
+
+
+# ---- In the parent ----
+
+
+@dataclass
+class Case:
+    """A configuration and what became of it."""
+
+    number: int
+    base: Path
+    folder: Path
+    settings: dict[str, Any]
+    processes: int
+    expected: dict[str, Any] = field(default_factory=dict)
+    duration: float = 0.0
+    kills: list[tuple[str, list[str]]] = field(default_factory=list)
+    lives: int = 0
+
+
+def draw_settings(draw: random.Random, processes: int) -> dict[str, Any]:
+    rounds = draw.choice([2, 3, 3])
+    data = draw.choice(["split", "reuse"])
+    return {
+        "num_rounds": rounds,
+        "round_data": data,
+        # Four steps an epoch.
+        "rows": 8 * processes * (rounds if data == "split" else 1),
+        "round_epochs": draw.choice([None, None, [1, 2, 1][:rounds], [2, 1, 1][:rounds]]),
+        "save_strategy": draw.choice(["steps"] * 6 + ["epoch", "no"]),
+        "save_steps": draw.choice([1, 2, 3]),
+        "save_total_limit": draw.choice([1, 1, None]),
+        "precompute_ref_log_probs": draw.random() < 0.4,
+        "keep_iterates": draw.random() < 0.4,
+        "momentum_from": draw.choice(["previous_iterate"] * 3 + ["reference"]),
+        "output_policy": draw.choice(["iterate"] * 3 + ["extrapolated"]),
+        "extrapolation_alpha": draw.choice([[0.3], [0.6], [0.0]]),
+        "train_sampling_strategy": draw.choice(["sequential", "random"]),
+        "lr_scheduler_type": draw.choice(["linear", "cosine"]),
+        "optim": draw.choice(["adamw_torch"] * 3 + ["rmsprop"]),
+        "ref_model": draw.random() < 0.15,
+    }
+
+
+class Life:
+    """A forked run, of one process or of several that train together."""
+
+    def __init__(self, case: Case, folder: Path, resume: Any, seed: int):
+        case.lives += 1
+        self.folder = folder
+        self.log = case.folder / f"life-{case.lives}.log"
+        self.result = case.folder / f"life-{case.lives}.json"
+        self.statuses = [Status() for _ in range(case.processes)]
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        self.running = {}
+        for rank in range(case.processes):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            pid = os.fork()
+            if pid == 0:
+                self._child(case, resume, seed, rank, port)
+            self.running[pid] = rank
+        self.failed = False
+
+    def _child(self, case: Case, resume: Any, seed: int, rank: int, port: int) -> None:
+        code = 1
+        try:
+            # No child outlives its parent, however that ends.
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+            log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            if case.processes > 1:
+                os.environ.update(
+                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.processes),
+                    LOCAL_WORLD_SIZE=str(case.processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                )  # fmt: skip
+            watch(self.statuses[rank], seed + rank)
+            found = live(case, self.folder, resume)
+            if rank == 0:
+                self.result.write_text(json.dumps(found), encoding="utf-8")
+            self.statuses[rank].finished = 1
+            if case.processes > 1:
+                torch.distributed.barrier()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    @property
+    def status(self) -> Status:
+        return self.statuses[0]
+
+    def reap(self) -> None:
+        for pid in list(self.running):
+            done, code = os.waitpid(pid, os.WNOHANG)
+            if done:
+                del self.running[pid]
+                self.failed = self.failed or os.waitstatus_to_exitcode(code) != 0
+
+    def wait(self, until: Callable[[], bool], seconds: float) -> bool:
+        """Wait until something holds or every process has ended; whether there was time enough."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.reap()
+            if not self.running or until():
+                return True
+            time.sleep(0.002)
+        return False
+
+    def wait_for_training(self) -> None:
+        self.wait(lambda: bool(self.status.training), LIFE_SECONDS)
+
+    def kill(self, only: int | None = None) -> None:
+        for pid, rank in list(self.running.items()):
+            if only is None or rank == only:
+                os.kill(pid, signal.SIGKILL)
+                if only is None:
+                    os.waitpid(pid, 0)
+                    del self.running[pid]
+
+    def finish(self) -> dict[str, Any]:
+        """What a run that nobody kills ends with; raises a RuntimeError with the end of its log if it fails."""
+        in_time = self.wait(lambda: False, LIFE_SECONDS)
+        self.kill()
+        if not in_time or self.failed or not self.result.is_file():
+            end = "".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines(True)[-25:])
+            raise RuntimeError(f"{'hangs' if not in_time else 'fails'}:\n{end}")
+        result: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
+        return result
+
+
+def newest_checkpoint(folder: Path) -> int:
+    """The step of the newest checkpoint there, 0 without one."""
+    return max((step for step, _ in checkpoints.list_checkpoints(folder)), default=0)
+
+
+def on_disk(folder: Path) -> dict[str, str | None]:
+    """Every file of an output folder, with a checksum where equal runs write equal bytes."""
+    return {
+        path.relative_to(folder).as_posix(): durable.checksum(path) if path.suffix == ".safetensors" else None
+        for path in durable.files_below(folder)
+    }
+
+
+def problems_at_the_end(case: Case, folder: Path, found: dict[str, Any]) -> list[str]:
+    problems = [f"{key} differ from the run left alone" for key in found if found[key] != case.expected[key]]
+    here, there = on_disk(folder), case.expected["on_disk"]
+    for name in sorted(here.keys() | there.keys()):
+        if name not in there:
+            problems.append(f"left over: {name}")
+        elif name not in here:
+            problems.append(f"missing: {name}")
+        elif here[name] != there[name]:
+            problems.append(f"another content: {name}")
+    return problems
+
+
+def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
+    """Run a configuration alone, then with kills; the kills and what was wrong after each are in `case.kills`."""
+    tiny.make_pairs(case.settings["rows"]).save_to_disk(case.folder / "data")
+    alone = case.folder / "alone"
+    life = Life(case, alone, None, draw.randrange(2**31))
+    life.wait_for_training()
+    begun = time.monotonic()
+    case.expected = life.finish()
+    # With its waits, as the lives to be killed have them.
+    case.duration = time.monotonic() - begun
+    case.expected["on_disk"] = on_disk(alone)
+    total = case.expected["rounds"][-1]["last_step"]
+
+    folder = case.folder / "out"
+    wanted, resume, announced = 0, None, 0
+    for kills in range(most_kills + 1):
+        life = Life(case, folder, resume, draw.randrange(2**31))
+        if kills < most_kills:
+            life.wait_for_training()
+            # What is left of the training, and the start of a resumed run, which can be killed as well.
+            left = case.duration * max(1 - wanted / total, 0.15)
+            life.wait(lambda: False, draw.uniform(0, 0.85 * left))
+        if life.running and kills < most_kills:
+            where = life.status.where()
+            if case.processes > 1 and draw.random() < 0.5:
+                # One alone; the others hang or fail until the launcher ends them.
+                life.kill(only=draw.randrange(case.processes))
+                life.wait(lambda: False, 0.3)
+            life.kill()
+            where = life.status.where() if case.processes == 1 else where
+            case.kills.append((where, []))
+            problems = case.kills[-1][1]
+        else:
+            try:
+                found = life.finish()
+                problems = problems_at_the_end(case, folder, found)
+            except RuntimeError as error:
+                problems = [f"a resumed run {error}"]
+        if life.status.resumed_at >= 0 and life.status.resumed_at != wanted:
+            problems.append(f"resumed at step {life.status.resumed_at}, but the newest checkpoint was {wanted}")
+        announced = max(announced, life.status.announced)
+        for _, checkpoint in checkpoints.list_checkpoints(folder):
+            try:
+                durable.verify(checkpoint)
+            except durable.DamagedStateError as error:
+                problems.append(f"{checkpoint.name} is not complete: {error}")
+        wanted = newest_checkpoint(folder)
+        if wanted < announced:
+            problems.append(f"checkpoint-{announced} was complete, but the newest is {wanted}")
+        if life.status.finished and not life.running:
+            # What is wrong with the end is wrong with every kill on the way there.
+            for _, earlier in case.kills:
+                earlier.extend(problem for problem in problems if problem not in earlier)
+        elif kills == most_kills or not case.kills:
+            raise RuntimeError(f"case {case.number}: {problems}")
+        if life.status.finished:
+            return
+        resume = draw.choice(SPELLINGS)
+
+
+@contextlib.contextmanager
+def workspace() -> Iterator[Path]:
+    """A temporary folder; what failed in it stays, for a look."""
+    folder = Path(tempfile.mkdtemp(prefix="kill-campaign-"))
+    yield folder
+    with contextlib.suppress(OSError):
+        (folder / "base").exists() and shutil.rmtree(folder / "base")
+        folder.rmdir()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kills", type=int, metavar="N", help="how many kills")
+    parser.add_argument("--seed", type=int, default=0, help="draws configurations and instants (default: 0)")
+    parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="processes of a run (default: 1)")
+    options = parser.parse_args()
+    draw = random.Random(options.seed)
+    hit: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    begun, done, failed, number = time.monotonic(), 0, 0, 0
+    with workspace() as work:
+        tiny.save_model(work / "base")
+        while done < options.kills:
+            number += 1
+            settings = draw_settings(draw, options.processes)
+            case = Case(number, work / "base", work / f"case-{number}", settings, options.processes)
+            case.folder.mkdir()
+            try:
+                run_case(case, draw, min(draw.randint(1, MOST_KILLS), options.kills - done))
+            except RuntimeError as error:
+                case.kills.append(("a run that was left alone" if not case.kills else "at the end", [str(error)]))
+            done += len(case.kills)
+            wrong = sorted({problem for _, problems in case.kills for problem in problems})
+            for where, problems in case.kills:
+                hit[where]["failed" if problems else "passed"] += 1
+                failed += bool(problems)
+            print(
+                f"[{time.monotonic() - begun:5.0f} s] case {number}: {case.duration:.1f} s of training alone, "
+                f"{len(case.kills)} kills ({'; '.join(where for where, _ in case.kills)}): "
+                f"{'FAILED' if wrong else 'passed'}; {done} of {options.kills}",
+                flush=True,
+            )
+            if wrong:
+                print(f"    {settings}\n    kept: {case.folder}", flush=True)
+                for problem in wrong:
+                    print(f"    {problem}", flush=True)
+            else:
+                shutil.rmtree(case.folder)
+
+    width = max(map(len, hit))
+    print(f"\n| {'where the kill hit':{width}} | kills | passed | failed |")
+    print(f"|{'-' * (width + 2)}|------:|-------:|-------:|")
+    for where, outcomes in sorted(hit.items()):
+        print(f"| {where:{width}} | {outcomes.total():5} | {outcomes['passed']:6} | {outcomes['failed']:6} |")
+    print(f"\n{done - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,227 @@
+"""What the documentation says of links, commands, defaults, keys and tests is so."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trl import DPOConfig
+
+import trl_extras
+from tests import tiny
+from trl_extras import cli
+from trl_extras.apo import APOConfig
+from trl_extras.run import Ledger, option_actions
+from trl_extras.scripts import apo, extrapolate
+
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").rglob("*.md")])
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+def fences(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def section(page: Path, title: str) -> str:
+    """A section with its subsections, up to the next heading of the same or a higher level."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if re.fullmatch(rf"#+ {re.escape(title)}", line))
+    level = len(lines[start]) - len(lines[start].lstrip("#"))
+    heading = re.compile(rf"#{{1,{level}}} ")
+    end = next((i for i in range(start + 1, len(lines)) if heading.match(lines[i])), len(lines))
+    return "\n".join(lines[start + 1 : end])
+
+
+def table(text: str, *columns: str) -> list[list[str]]:
+    """The rows of the first table whose header begins with these columns."""
+    rows: list[list[str]] = []
+    inside = False
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            if inside:
+                break
+            continue
+        cells = [cell.strip() for cell in line.strip("|").replace("\\|", "/").split("|")]
+        if inside:
+            rows.append(cells)
+        inside = inside or tuple(cells[: len(columns)]) == columns
+    assert len(rows) > 1, f"there is no table with {columns}"
+    return rows[1:]
+
+
+# ---- Links ----
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file), target
+
+
+# ---- Commands ----
+
+
+def commands() -> Iterator[Any]:
+    """Every shell command of the pages' code blocks, and those of ours that stand in running text or in a recipe."""
+    for page in PAGES:
+        name = page.relative_to(ROOT).as_posix()
+        for block in fences(page, "bash"):
+            for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+                for command in line.split("&&"):
+                    if words := shlex.split(command, comments=True):
+                        yield pytest.param(words, id=f"{name}: {' '.join(words)[:60]}")
+        for command in re.findall(r"`((?:trl-extras|python -m trl_extras)[^`]* [^`]*)`", prose(page)):
+            yield pytest.param(shlex.split(command), id=f"{name}: {command[:60]}")
+    for recipe in sorted((ROOT / "recipes").rglob("*.yaml")):
+        for command in re.findall(
+            r"^#   (trl-extras .*|python .*)$", recipe.read_text(encoding="utf-8"), re.MULTILINE
+        ):
+            yield pytest.param(shlex.split(command), id=f"{recipe.relative_to(ROOT).as_posix()}: {command[:60]}")
+
+
+@cache
+def flags_of(name: str) -> dict[str, Any]:
+    parser = {"apo": apo.make_parser, "extrapolate": extrapolate.build_parser}[name]()
+    return option_actions(parser)
+
+
+def assert_flags(words: list[str], known: dict[str, Any]) -> None:
+    unknown = [word for word in words if re.match(r"--?[a-zA-Z]", word) and word.split("=")[0] not in known]
+    assert not unknown
+
+
+def assert_parses(words: list[str]) -> None:
+    """The script's own flags of a complete command, with their values, on a machine of any kind."""
+    if "--dataset_name" in words and "--model_name_or_path" in words:
+        apo.parse_arguments([*words, "--use_cpu", "true", "--bf16", "false"])
+
+
+@pytest.mark.parametrize("words", commands())
+def test_commands_have_flags_that_exist(words: list[str]) -> None:
+    words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+    launcher = cli._launcher_options(Ledger("docs", "docs"))[1]
+    if "trl_extras.run" in words:
+        at = words.index("trl_extras.run")
+        assert words[at - 1] == "-m"
+        assert_flags(words[1 : at - 1], launcher)
+        assert words[at + 1] == "--trainer"
+        if words[at + 2] == "apo":
+            # The script comes next; the rest of the line is its arguments.
+            assert_flags(words[at + 4 :], flags_of("apo"))
+            assert_parses(words[at + 4 :])
+    elif words[:2] == ["trl-extras", "extrapolate"]:
+        if len(words) > 2:
+            extrapolate.build_parser().parse_args(words[2:])
+    elif words[:2] == ["trl-extras", "apo"]:
+        assert_flags(words[2:], {**flags_of("apo"), **launcher, "--config": None})
+        if "--config" in words and (recipe := words[words.index("--config") + 1]).startswith("recipes/"):
+            assert (ROOT / recipe).is_file()
+    elif words[0] == "trl-extras":
+        assert words[1] in (*cli.methods(), "run", "--help", "--version")
+    elif words[0] in ("bash", "python") and "/" in words[1]:
+        # A file of this repository: its flags stand in its source.
+        source = (ROOT / words[1]).read_text(encoding="utf-8")
+        assert all(f'"{word}"' in source for word in words[2:] if word.startswith("--"))
+
+
+# ---- Code ----
+
+
+@each_page
+def test_python_blocks_are_python_and_import_what_is_there(page: Path) -> None:
+    for block in fences(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "trl_extras":
+                assert all(hasattr(trl_extras, alias.name) for alias in node.names)
+
+
+@each_page
+def test_quoted_tests_are_there(page: Path) -> None:
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
+    for name in set(re.findall(r"`(test_\w+\.py|(?:test_\w+\.py::)?test_\w+)", prose(page))):
+        file, _, function = name.rpartition("::")
+        if name.endswith(".py") or file:
+            assert (ROOT / "tests" / (file or name)).is_file(), name
+        if not name.endswith(".py"):
+            assert f"def {function}(" in tests, name
+
+
+# ---- Defaults and keys ----
+
+
+def defaults(config: type[Any]) -> dict[str, Any]:
+    return {
+        field.name: field.default_factory() if field.default is dataclasses.MISSING else field.default
+        for field in dataclasses.fields(config)
+        if field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+    }
+
+
+def read(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def test_configuration_table_has_our_fields_and_their_defaults() -> None:
+    rows = table(section(ROOT / "docs/apo.md", "Configuration"), "field", "default")
+    documented = {row[0].strip("`"): read(row[1].strip("`\"'")) for row in rows}
+    ours, stock = defaults(APOConfig), defaults(DPOConfig)
+    assert documented == {name: value for name, value in ours.items() if name not in stock or stock[name] != value}
+
+
+def test_defaults_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"`(num_rounds|extrapolation_alpha|num_train_epochs)`\s+\(([\d.]+)", text)
+    assert {name for name, _ in found} == {"num_rounds", "extrapolation_alpha", "num_train_epochs"}
+    for name, value in found:
+        assert defaults(APOConfig)[name] in (read(value), [read(value)]), name
+
+
+def test_docstrings_say_the_defaults() -> None:
+    for config in (APOConfig, *(cls for cls in APOConfig.__mro__ if cls.__name__ == "RoundsConfig")):
+        found = re.findall(r"^\s+(\w+) \(`.*`, \*optional\*, defaults to `(.*)`\):$", config.__doc__, re.MULTILINE)
+        assert len(found) >= 3
+        assert {name: read(value) for name, value in found}.items() <= defaults(config).items()
+
+
+@pytest.mark.parametrize("builder", [False, True], ids=["folds", "builder"])
+def test_keys_of_a_run_are_those_that_are_documented(make_apo: Any, tmp_path: Path, builder: bool) -> None:
+    trainer = make_apo(num_rounds=2, eval_dataset=tiny.make_pairs(4, seed=3), eval_strategy="epoch")
+    if builder:
+        trainer.round_data_builder = lambda round_index, policy, seed: tiny.make_pairs(12, seed=round_index)
+    trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "out/rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+    keys = [row[0].strip("`") for row in table(section(ROOT / "docs/apo.md", "rounds.jsonl"), "key")]
+    for row in rows:
+        assert list(row) == keys, "in the order of the table"
+    logged = {key for entry in trainer.state.log_history for key in entry if key.startswith("round/")}
+    assert logged == {row[0].strip("`") for row in table(section(ROOT / "docs/apo.md", "The logger"), "key")}

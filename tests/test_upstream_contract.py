@@ -1,0 +1,582 @@
+"""
+What we rely on in TRL, transformers, accelerate and huggingface_hub beyond their documented interfaces. When an
+upgrade breaks us, it breaks here first; the line under each test says what of ours goes wrong if it fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import trl
+from huggingface_hub.utils import filter_repo_objects
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
+from transformers.training_args import OptimizerNames
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, TrlParser
+
+import trl_extras
+from tests import tiny
+from trl_extras import _compat
+from trl_extras.apo import APOConfig, APOTrainer
+from trl_extras.rounds import RoundsTrainer, checkpoints, durable
+from trl_extras.rounds import config as rounds_config
+from trl_extras.rounds.state import ROUNDS_DIR, FullWeights
+from trl_extras.rounds.trainer import _FREE_FIELDS
+
+
+PACKAGE = Path(trl_extras.__file__).parent
+STOCK = (DPOTrainer, SFTTrainer)
+
+
+# ---- Our own code: what it may touch ----
+
+
+def trees() -> Iterator[tuple[Path, ast.AST]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path.relative_to(PACKAGE), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def private(name: str) -> bool:
+    return any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
+
+
+def test_only_compat_imports_private_names() -> None:
+    """Else: a private name that moves has to be looked for all over the package."""
+    found = []
+    for path, tree in trees():
+        if path == Path("_compat.py"):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            found += [f"{path}: {name}" for name in names if private(name) and not name.startswith("trl_extras.")]
+    assert not found
+
+
+# Private attributes of other packages that the package reads, sets or calls, with the test below that pins each.
+FOREIGN_ATTRIBUTES = {
+    "_AppendAction": "test_argparse",
+    "_SubParsersAction": "test_argparse",
+    "_actions": "test_argparse",
+    "_option_string_actions": "test_argparse",
+    "_ddp_params_and_buffers_to_ignore": "test_ddp_reads_the_buffers_to_ignore",
+    "_get_output_dir": "test_a_checkpoint_goes_where_get_output_dir_says",
+    "_last_lr": "test_schedules_are_functions_of_the_step",
+    "_name": "test_card_attributes",
+    "_paper": "test_card_attributes",
+    "_precompute_model_hash": "test_the_model_hash_keys_the_cache_of_reference_log_probs",
+    "_precompute_ref_logps": "test_reference_log_probs_are_computed_in_the_constructor",
+    "_prepare_dataset": "test_signatures",
+    "_push_from_checkpoint": "test_uploads_leave_out_what_begins_with_an_underscore",
+    "_save_checkpoint": "test_a_checkpoint_goes_where_get_output_dir_says",
+    "_tag_names": "test_card_attributes",
+}
+
+
+def test_every_foreign_private_attribute_is_listed_and_tested() -> None:
+    """Else: something of ours rests on a private name that no test watches."""
+    used: dict[str, str] = {}
+    own: set[str] = set()
+    for path, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                own.add(node.id)
+            elif isinstance(node, ast.Attribute) and private(node.attr):
+                used.setdefault(node.attr, f"{path}:{node.lineno}")
+                if isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self":
+                    own.add(node.attr)
+    upstream = {name for stock in STOCK for name in dir(stock)} | set_on_self(*STOCK)
+    foreign = {name: where for name, where in used.items() if name not in own or name in upstream}
+    assert foreign.keys() <= FOREIGN_ATTRIBUTES.keys(), {k: foreign[k] for k in foreign.keys() - FOREIGN_ATTRIBUTES}
+    assert set(FOREIGN_ATTRIBUTES.values()) <= globals().keys()
+
+
+def set_on_self(*classes: type[Any]) -> set[str]:
+    """The instance attributes that the methods of these classes and of their bases set."""
+    source = "".join(inspect.getsource(base) for cls in classes for base in cls.__mro__ if base is not object)
+    return set(re.findall(r"self\.(\w+)(?:: [^=\n]+)? = ", source))
+
+
+def test_our_names_hide_nothing_of_upstreams_by_accident() -> None:
+    """Else: a new method or attribute of upstream's and one of ours overwrite each other, silently."""
+    overridden = {
+        RoundsTrainer: {
+            *_compat.OVERRIDDEN_TRAINER_METHODS, "create_optimizer", "create_scheduler", "save_model",
+            "set_initial_training_values", "train", "training_step",
+        },
+        APOTrainer: {*_compat.OVERRIDDEN_DPO_METHODS, "create_model_card", "_name", "_paper", "_tag_names"},
+    }  # fmt: skip
+    set_on_purpose = {
+        RoundsTrainer: {"train_dataset", "lr_scheduler"},
+        APOTrainer: {*_compat.DPO_ATTRIBUTES, "eval_dataset"} - {"precompute_ref_logps"},
+    }
+    for ours, wanted in overridden.items():
+        for stock in STOCK if ours is RoundsTrainer else (DPOTrainer,):
+            theirs = {*dir(stock), *set_on_self(stock)}
+            hidden = {name for name in vars(ours) if name in theirs and not name.startswith("__")}
+            assert hidden == wanted, (ours.__name__, stock.__name__)
+            set_by_us = set(re.findall(r"self\.(\w+)(?:: [^=\n]+)? = ", inspect.getsource(ours)))
+            assert set_by_us & theirs == set_on_purpose[ours], (ours.__name__, stock.__name__)
+
+
+def test_compat_names_are_there() -> None:
+    """Else: a name listed in `_compat.py` has gone, and what overrides it is never called."""
+    assert all(hasattr(_compat, name) for name in _compat.__all__)
+    assert all(callable(getattr(Trainer, name)) for name in _compat.OVERRIDDEN_TRAINER_METHODS)
+    assert all(callable(getattr(DPOTrainer, name)) for name in _compat.OVERRIDDEN_DPO_METHODS)
+    assert set(_compat.DPO_ATTRIBUTES) <= set_on_self(DPOTrainer)
+    assert transformers.trainer.TRAINER_STATE_NAME == _compat.TRAINER_STATE_NAME
+
+
+# ---- Signatures ----
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "parameters"),
+    [
+        (Trainer, "_get_output_dir", "trial"),
+        (Trainer, "_save_checkpoint", "model trial"),
+        (Trainer, "_push_from_checkpoint", "checkpoint_folder"),
+        (Trainer, "set_initial_training_values", "args dataloader"),
+        (Trainer, "create_scheduler", "num_training_steps optimizer"),
+        (Trainer, "create_optimizer", "model"),
+        (Trainer, "save_model", "output_dir _internal_call"),
+        (Trainer, "train", "resume_from_checkpoint trial ignore_keys_for_eval"),
+        (Trainer, "training_step", "model inputs num_items_in_batch"),
+        (DPOTrainer, "_precompute_ref_logps", "dataset name batch_size"),
+        (DPOTrainer, "_prepare_dataset", "dataset processing_class args dataset_name"),
+        (SFTTrainer, "_prepare_dataset", "dataset processing_class args packing formatting_func dataset_name"),
+        (DPOTrainer, "create_model_card", "model_name dataset_name tags"),
+        (TrlParser, "parse_args_and_config",
+         "args return_remaining_strings fail_with_unknown_args separate_remaining_strings"),
+        (TrlParser, "parse_dict", "args allow_extra_keys"),
+        (transformers.HfArgumentParser, "parse_dict", "args allow_extra_keys"),
+        (TrlParser, "parse_args_into_dataclasses",
+         "args return_remaining_strings look_for_args_file args_filename args_file_flag"),
+        (transformers.HfArgumentParser, "parse_args_into_dataclasses",
+         "args return_remaining_strings look_for_args_file args_filename args_file_flag"),
+        (transformers.TrainerState, "save_to_json", "json_path"),
+    ],
+)  # fmt: skip
+def test_signatures(owner: type[Any], method: str, parameters: str) -> None:
+    """Else: our override, or our call, passes arguments to the wrong places."""
+    assert " ".join(list(inspect.signature(getattr(owner, method)).parameters)[1:]) == parameters
+
+
+def test_constructors_have_the_arguments_that_are_checked_before_weights_load() -> None:
+    """Else: `RoundsTrainer._unsupported` looks for an argument that has another name, and refuses nothing."""
+    common = {
+        "model", "args", "train_dataset", "eval_dataset", "processing_class", "callbacks", "optimizers",
+        "quantization_config", "peft_config",
+    }  # fmt: skip
+    for stock in STOCK:
+        assert common <= inspect.signature(stock.__init__).parameters.keys()
+    assert "ref_model" in inspect.signature(DPOTrainer.__init__).parameters
+
+
+# ---- Settings that we name ----
+
+
+def test_settings_that_we_refuse_are_still_settings() -> None:
+    """Else: a renamed setting or value is no longer refused with more than one round."""
+    wanted = {
+        "load_best_model_at_end", "auto_find_batch_size", "dataloader_persistent_workers", "train_sampling_strategy",
+        "optim", "lr_scheduler_type", "max_steps", "num_train_epochs", "deepspeed", "fsdp", "parallelism_config",
+        "enable_jit_checkpoint", "save_only_model", "gradient_accumulation_steps", "seed",
+    }  # fmt: skip
+    for config in (DPOConfig, SFTConfig):
+        assert wanted <= {field.name for field in fields(config)}
+    assert "sync_ref_model" in {field.name for field in fields(DPOConfig)}
+    assert set(rounds_config._METRIC_SCHEDULES) <= {kind.value for kind in SchedulerType}
+    optimizers = {kind.value for kind in OptimizerNames}
+    assert set(rounds_config._UNRESETTABLE_OPTIMIZERS) <= optimizers
+    assert any(name.startswith("schedule_free") for name in optimizers)
+    assert any(name.endswith("_layerwise") for name in optimizers)
+    sampling = next(field for field in fields(DPOConfig) if field.name == "train_sampling_strategy")
+    assert set(sampling.metadata["choices"]) == {"random", "sequential", *rounds_config._LENGTH_SAMPLING}
+
+
+def tiny_config(config: type[Any], folder: Any = "unused", **kwargs: Any) -> Any:
+    return config(**tiny.arguments(folder, **kwargs))
+
+
+def test_free_fields_are_fields() -> None:
+    """Else: a renamed field that changes nothing makes a run that goes on look like another run."""
+    known = {field.name for config in (APOConfig, SFTConfig) for field in fields(config)}
+    assert not _FREE_FIELDS - known
+
+
+def test_config_tells_what_we_ask_it() -> None:
+    """Else: the rows are counted wrongly before training, or a folder is written by every process."""
+    config = tiny_config(DPOConfig)
+    assert (config.train_batch_size, config.world_size, config.should_save) == (2, 1, True)
+    assert config.distributed_state is not None
+    assert {"learning_rate", "beta", "seed"} <= config.to_dict().keys()
+    assert issubclass(DPOConfig, _compat._BaseConfig)
+    assert issubclass(DPOTrainer, _compat._BaseTrainer)
+
+
+# ---- The training loop ----
+
+
+@pytest.fixture
+def make_dpo(base: Path, tmp_path: Path) -> Any:
+    def make(callbacks: Any = None, **kwargs: Any) -> DPOTrainer:
+        return DPOTrainer(
+            model=str(base),
+            args=tiny_config(DPOConfig, tmp_path / "dpo", **{"num_train_epochs": 2, **kwargs}),
+            train_dataset=tiny.make_pairs(6),
+            processing_class=tiny.make_tokenizer(),
+            callbacks=callbacks,
+        )
+
+    return make
+
+
+def test_initial_values(make_dpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else: the plan of the rounds is made of the wrong numbers, or upstream trains another number of epochs."""
+    seen = []
+    original = Trainer.set_initial_training_values
+
+    def longer(self: Any, args: Any, dataloader: Any) -> Any:
+        seen.append(original(self, args, dataloader))
+        args = copy.copy(args)
+        args.num_train_epochs = 3
+        seen.append(original(self, args, dataloader))
+        return seen[-1]
+
+    monkeypatch.setattr(Trainer, "set_initial_training_values", longer)
+    trainer = make_dpo(gradient_accumulation_steps=2)
+    trainer.train()
+    # 6 rows in batches of 2, two to a step: two steps an epoch, the second of one batch.
+    assert [(len(values), values[0], values[1], values[-1]) for values in seen] == [(7, 2, 2, 4), (7, 3, 2, 6)]
+    assert (trainer.state.global_step, trainer.state.max_steps, trainer.state.num_train_epochs) == (6, 6, 3)
+    assert trainer.args.num_train_epochs == 2
+
+
+class Recorder(TrainerCallback):
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("on_"):
+            return lambda args, state, control, **kwargs: self.events.append(f"{name} {state.global_step}")
+        return super().__getattribute__(name)
+
+
+def test_order_of_events(make_dpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else: a round's data are swapped after they were read, or a checkpoint holds theta in place of thetahat."""
+    recorder = Recorder()
+    trainer = make_dpo(callbacks=[recorder], save_strategy="steps", save_steps=3)
+    iterate = torch.utils.data.SequentialSampler.__iter__
+    monkeypatch.setattr(
+        torch.utils.data.RandomSampler,
+        "__iter__",
+        lambda self: recorder.events.append("the dataloader is read") or iterate(self),
+    )
+    save = type(trainer)._save_checkpoint
+    monkeypatch.setattr(
+        type(trainer),
+        "_save_checkpoint",
+        lambda self, *args: recorder.events.append("_save_checkpoint") or save(self, *args),
+    )
+    trainer.train()
+    wanted = {
+        "on_train_begin",
+        "on_epoch_begin",
+        "on_step_end",
+        "on_log",
+        "on_save",
+        "on_train_end",
+        "the",
+        "_save_checkpoint",
+    }
+    events = [event for event in recorder.events if event.split()[0] in wanted]
+    epoch = ["on_epoch_begin {}", "the dataloader is read"]
+    assert events[:3] == ["on_train_begin 0", *(event.format(0) for event in epoch)]
+    assert events[3:5] == ["on_step_end 1", "on_log 1"]
+    end = events.index("on_step_end 3")
+    assert events[end : end + 6] == [
+        "on_step_end 3", "on_log 3", "_save_checkpoint", "on_save 3", "on_epoch_begin 3", "the dataloader is read",
+    ]  # fmt: skip
+    assert events[-1] == "on_train_end 6"
+
+
+def test_epoch_begin_fires_inside_an_epoch_when_resumed(make_dpo: Any, tmp_path: Path) -> None:
+    """Else: `_on_epoch_begin` need not tell a boundary from a resume."""
+    make_dpo(save_strategy="steps", save_steps=2).train()
+    recorder = Recorder()
+    resumed = make_dpo(callbacks=[recorder])
+    resumed.train(resume_from_checkpoint=str(tmp_path / "dpo/checkpoint-2"))
+    assert [event for event in recorder.events if "begin" in event and "step" not in event] == [
+        "on_init_begin 0", "on_train_begin 2", "on_epoch_begin 2", "on_epoch_begin 3",
+    ][1:]  # fmt: skip
+
+
+def test_callbacks_are_a_list(make_dpo: Any) -> None:
+    """Else: our callback cannot be put in front, and others see a round's old weights."""
+    assert isinstance(make_dpo().callback_handler.callbacks, list)
+
+
+def test_a_checkpoint_goes_where_get_output_dir_says(make_dpo: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Else: upstream writes into `checkpoint-N` itself, half-written for a while, or deletes finished checkpoints."""
+    finished = tmp_path / "dpo/checkpoint-1"
+    finished.mkdir(parents=True)
+    staging = tmp_path / "dpo" / checkpoints.STAGING_DIR
+    written: list[str] = []
+    save = transformers.TrainerState.save_to_json
+    monkeypatch.setattr(
+        transformers.TrainerState,
+        "save_to_json",
+        lambda self, path: written.extend(p.name for p in Path(path).parent.iterdir()) or save(self, path),
+    )
+    monkeypatch.setattr(DPOTrainer, "_get_output_dir", lambda self, trial: str(staging))
+    make_dpo(save_strategy="steps", save_steps=6, save_total_limit=1).train()
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= set(written), "the state is last"
+    assert (staging / "checkpoint-6" / _compat.TRAINER_STATE_NAME).is_file()
+    assert finished.is_dir(), "only the folder that it was told of is rotated"
+
+
+def test_schedules_are_functions_of_the_step() -> None:
+    """Else: a schedule that we allow cannot start again in every round."""
+    needed: dict[str, dict[str, Any]] = {
+        "cosine_with_min_lr": {"min_lr": 1e-6},
+        "cosine_warmup_with_min_lr": {"min_lr": 1e-6},
+        "warmup_stable_decay": {"num_decay_steps": 2},
+    }
+    for kind in SchedulerType:
+        if kind.value in rounds_config._METRIC_SCHEDULES:
+            continue
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = transformers.get_scheduler(
+            kind, optimizer, num_warmup_steps=1, num_training_steps=6,
+            scheduler_specific_kwargs=needed.get(kind.value),
+        )  # fmt: skip
+        assert isinstance(scheduler, LambdaLR), kind
+        for step in range(4):
+            assert optimizer.param_groups[0]["lr"] == scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step), kind
+            assert scheduler._last_lr == [optimizer.param_groups[0]["lr"]]
+            optimizer.step()
+            scheduler.step()
+
+
+def test_the_scheduler_is_made_anew_and_for_the_steps_that_are_given(make_dpo: Any) -> None:
+    """Else: every round has the whole run's schedule."""
+    trainer = make_dpo(learning_rate=1.0)
+    optimizer = trainer.create_optimizer()
+    first = trainer.create_scheduler(4, optimizer)
+    trainer.lr_scheduler = None
+    second = trainer.create_scheduler(8, optimizer)
+    assert first is not second
+    assert (first.lr_lambdas[0](2), second.lr_lambdas[0](2)) == (0.5, 0.75)
+
+
+def test_the_optimizer_is_wrapped_and_its_state_can_be_cleared(make_dpo: Any) -> None:
+    """Else: a round begins with the last round's moments."""
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            inner = optimizer.optimizer
+            assert isinstance(inner, torch.optim.Optimizer)
+            seen.append(len(inner.state))
+            assert len(optimizer.state) == len(inner.state)
+            inner.state.clear()
+
+    make_dpo(callbacks=[Look()], max_steps=2).train()
+    assert seen[0] == seen[1] > 0
+
+
+def test_a_training_step_returns_its_loss(make_dpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else: a nan loss goes unseen: upstream logs the mean of the others in its place."""
+    losses = []
+    step = DPOTrainer.training_step
+    monkeypatch.setattr(
+        DPOTrainer, "training_step", lambda self, *a, **k: losses.append(step(self, *a, **k)) or losses[-1]
+    )
+    trainer = make_dpo(max_steps=2)
+    trainer.train()
+    assert [loss.item() for loss in losses] == [
+        pytest.approx(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry
+    ]
+    assert trainer.args.logging_nan_inf_filter
+
+
+# ---- DPO ----
+
+
+def test_reference_log_probs_are_computed_in_the_constructor(make_dpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else: APOTrainer does not recognise the training set that it leaves for the rounds."""
+    calls = []
+
+    def record(self: Any, dataset: Any, name: str, batch_size: int) -> Any:
+        calls.append((name, dataset is self.train_dataset, batch_size))
+        return dataset
+
+    monkeypatch.setattr(DPOTrainer, "_precompute_ref_logps", record)
+    trainer = make_dpo(precompute_ref_log_probs=True)
+    assert calls == [("train", True, 2)]
+    assert trainer.precompute_ref_logps is True
+
+
+def test_the_model_hash_keys_the_cache_of_reference_log_probs(make_dpo: Any) -> None:
+    """Else: a round silently gets another round's reference."""
+    trainer = make_dpo(precompute_ref_log_probs=True)
+    columns = ["ref_chosen_logps", "ref_rejected_logps"]
+    bare = trainer.train_dataset.remove_columns(columns)
+    first = trainer._precompute_ref_logps(bare, "train", 2)[columns[0]][:]
+    trainer.ref_model = None
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(2)
+    trainer.model.eval()
+    assert trainer._precompute_ref_logps(bare, "train", 2)[columns[0]][:] == first, "an old hash, the old values"
+    trainer._precompute_model_hash = "another"
+    again = trainer._precompute_ref_logps(bare, "train", 2)
+    assert again[columns[0]][:] != first
+    assert again.column_names[-2:] == columns
+
+
+def test_without_precomputing_there_is_a_reference_to_write_into(make_dpo: Any) -> None:
+    """Else: a round's reference cannot be the policy that it starts from."""
+    trainer = make_dpo()
+    assert trainer.precompute_ref_logps is False
+    assert trainer.ref_model is not trainer.model
+    names = [name for name, _ in trainer.model.named_parameters()]
+    assert [name for name, _ in trainer.accelerator.unwrap_model(trainer.ref_model).named_parameters()] == names
+
+
+def test_beta_and_the_reference_are_read_at_every_step(make_dpo: Any) -> None:
+    """Else: a round is trained with the first round's beta or reference."""
+    trainer = make_dpo()
+    inputs = trainer.data_collator([trainer.train_dataset[0]])
+
+    def loss() -> float:
+        with torch.no_grad():
+            return trainer.compute_loss(trainer.model, inputs).item()
+
+    trainer.ref_model.get_output_embeddings().weight.data.mul_(2)
+    first = loss()
+    trainer.beta = 10 * trainer.beta
+    second = loss()
+    trainer.ref_model.get_output_embeddings().weight.data.mul_(2)
+    assert len({first, second, loss()}) == 3
+
+
+def test_card_attributes() -> None:
+    """Else: the model card shows another method's name, tags or paper."""
+    assert isinstance(DPOTrainer._tag_names, list)
+    assert isinstance(DPOTrainer._name, str)
+    assert {"title", "id", "citation"} <= DPOTrainer._paper.keys()
+
+
+# ---- Files ----
+
+
+def test_weights_are_saved_under_the_names_in_memory(tmp_path: Path) -> None:
+    """Else: a round's weights cannot be read back by name."""
+    assert "save_original_format" in inspect.signature(transformers.PreTrainedModel.save_pretrained).parameters
+    model = tiny.make_model()
+    model.save_pretrained(tmp_path, save_original_format=False)
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == dict(model.named_parameters()).keys(), "tied weights once, under the same name"
+    FullWeights(model).load(tmp_path)
+
+
+def test_get_last_checkpoint_sees_finished_ones_only(tmp_path: Path) -> None:
+    """Else: a stock script resumes from a folder that is being written or removed."""
+    names = (
+        "checkpoint-2", checkpoints.STAGING_DIR, ROUNDS_DIR, f"{durable.PARTIAL_PREFIX}checkpoint-9",
+        f"{durable.TRASH_PREFIX}checkpoint-8", f"{checkpoints.STAGING_DIR}/checkpoint-7",
+    )  # fmt: skip
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert get_last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
+
+
+def test_uploads_leave_out_what_begins_with_an_underscore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else: the rounds' state, several copies of the weights, is pushed to the Hub."""
+    uploads: list[dict[str, Any]] = []
+    api = SimpleNamespace(upload_folder=lambda **kwargs: uploads.append(kwargs))
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: api)
+    trainer = SimpleNamespace(
+        is_world_process_zero=lambda: True, push_in_progress=None, processing_class=None, hub_model_id="a/b",
+        state=SimpleNamespace(global_step=1, epoch=1),
+        control=None, callback_handler=SimpleNamespace(on_push_begin=lambda *args: None),
+        args=tiny_config(DPOConfig, tmp_path),
+    )  # fmt: skip
+    Trainer._push_from_checkpoint(trainer, str(tmp_path / "checkpoint-1"))
+    ours = [f"{ROUNDS_DIR}/round-0001/iterate/model.safetensors", f"{ROUNDS_DIR}/run.json"]
+    ours += [f"{checkpoints.STAGING_DIR}/checkpoint-3/model.safetensors", f"{durable.TRASH_PREFIX}checkpoint-2/x"]
+    kept = filter_repo_objects(
+        [*ours, "rounds.jsonl", "model.safetensors"], ignore_patterns=uploads[0]["ignore_patterns"]
+    )
+    assert list(kept) == ["rounds.jsonl", "model.safetensors"]
+    assert 'ignore_patterns=["_*"' in inspect.getsource(Trainer.push_to_hub), "the push at the end, too"
+
+
+# ---- The command line ----
+
+
+def test_argparse() -> None:
+    """Else: `trl-extras` and the launcher cannot tell which flags exist."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--flag", action="append")
+    parser.add_subparsers().add_parser("child")
+    assert isinstance(parser._option_string_actions["--flag"], argparse._AppendAction)
+    assert any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)
+
+
+def test_trl_parser_leaves_unknown_keys_over() -> None:
+    """Else: a misspelt YAML key vanishes, because the launcher finds out from what this returns."""
+    parser = TrlParser(DPOConfig)
+    assert parser.set_defaults_with_config(no_such_field=3, learning_rate=1e-3) == ["--no_such_field", "3"]
+    assert TrlParser.__mro__[1] is not transformers.HfArgumentParser, "two families of parsers to make strict"
+
+
+def test_launching() -> None:
+    """Else: `trl-extras apo` cannot start a run."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    arguments = launch_command_parser().parse_args(["--num_processes", "2", "script.py", "--flag", "1"])
+    assert (arguments.num_processes, arguments.training_script) == (2, "script.py")
+    assert arguments.training_script_args == ["--flag", "1"]
+    assert list(inspect.signature(launch_command).parameters) == ["args"]
+    assert resolve_accelerate_config_argument(["--num_processes", "2"]) == ["--num_processes", "2"]
+    words = resolve_accelerate_config_argument(["--accelerate_config", "single_gpu"])
+    assert words[0] == "--config_file"
+    assert words[1].endswith("single_gpu.yaml")
+
+
+def test_stock_scripts_and_classes_are_where_the_launcher_swaps_them() -> None:
+    """Else: a script goes on with the stock class."""
+    script = Path(trl.__file__).parent / "scripts/dpo.py"
+    assert "DPOTrainer(" in script.read_text(encoding="utf-8")
+    assert trl.DPOTrainer is trl.trainer.dpo_trainer.DPOTrainer
+    assert trl.DPOConfig is trl.trainer.dpo_config.DPOConfig
+
+
+def test_ddp_reads_the_buffers_to_ignore() -> None:
+    """Else: `--ignore_bias_buffers` does nothing."""
+    assert "_ddp_params_and_buffers_to_ignore" in inspect.getsource(torch.nn.parallel.DistributedDataParallel)
