@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import tiny
 from trl_extras.scripts import extrapolate as cli
-from trl_extras.state_dicts import extrapolate, squared_distance
+from trl_extras.state_dicts import difference, extrapolate
 
 
 Pair = tuple[Path, Path]
@@ -97,7 +97,7 @@ def test_equals_the_function_in_memory(
     assert AutoTokenizer.from_pretrained(out).chat_template == tiny.CHAT_TEMPLATE
 
     line = capsys.readouterr().out.strip().splitlines()[-1]
-    norm = sum(squared_distance(tensor, weights(old)[name]) for name, tensor in weights(new).items()) ** 0.5
+    norm = sum(d.double().square().sum().item() for d in difference(weights(new), weights(old)).values()) ** 0.5
     assert line == f"{len(expected)} tensors, alpha 0.3, ||NEW - OLD|| = {norm:.6g}, written to {out}"
 
 
