@@ -18,8 +18,9 @@ all weights on disk are those of the run left alone, to the bit, and the same fi
 leftovers.
 
 A process that has imported everything forks one child a life, because most of a small run is imports. The children
-wait at random at durable operations, upstream's `TrainerState.save_to_json` included, so that many kills hit inside
-them: instants in which a folder is half-written are long enough to be met. SIGKILL is the end of a process, not of a
+wait at random at durable operations, upstream's `TrainerState.save_to_json` included, and wherever a file is made,
+renamed or removed inside them, and half of the kills wait for such an operation: instants in which a folder is
+half-written are long enough to be met. SIGKILL is the end of a process, not of a
 machine: what the disk itself would lose without fsync is not tested here.
 """
 
@@ -74,7 +75,7 @@ MOST_KILLS = 4
 LIFE_SECONDS = 180
 SPELLINGS = ("True", "True", "true", "last", True)
 
-# What is watched, outermost first: what the trainer is doing, the operation inside it, the system call inside that.
+# What is watched: what the trainer is doing, and the operation inside it.
 LEVELS: tuple[tuple[tuple[Any, str, str], ...], ...] = (
     (
         (RoundsTrainer, "_tidy", "tidying up"),
@@ -102,25 +103,18 @@ LEVELS: tuple[tuple[tuple[Any, str, str], ...], ...] = (
         (APOTrainer, "_with_reference_logps", "reference log-probs"),
         (RoundsTrainer, "_write_summaries", "rounds.jsonl"),
     ),
-    (
-        (os, "fsync", "fsync"),
-        (os, "link", "link"),
-        (os, "unlink", "unlink"),
-        (os, "rmdir", "rmdir"),
-        (Path, "rename", "rename"),
-        (Path, "replace", "replace"),
-    ),
 )
-# The longest wait at an operation of each level, in seconds; and before upstream's last file, which makes its
+# Whatever changes the file system inside these waits as well, so that there is time between any two such calls.
+FILE_EVENTS = {"open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate"}
+# The longest waits, in seconds: at an operation, at a file, and before upstream's last file, which makes its
 # half-written window a good part of a checkpoint.
-WAITS = (0.0, 0.02, 0.004)
-WAIT_STATE_FILE = 0.04
+WAIT, WAIT_FILE, WAIT_STATE_FILE = 0.02, 0.004, 0.04
 
 
 class Status:
     """Numbers that a child leaves for its parent, in memory that outlives it."""
 
-    NAMES = ("training", "resumed_at", "announced", "step", "level0", "level1", "level2", "finished")
+    NAMES = ("training", "resumed_at", "announced", "step", "level0", "level1", "finished")
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, 8 * len(self.NAMES))
@@ -141,15 +135,10 @@ class Status:
 
     def where(self) -> str:
         """What a dead child was doing."""
-        names = [
-            operations[at - 1][2]
-            for at, operations in zip((self.level0, self.level1, self.level2), LEVELS, strict=True)
-            if at
-        ]
         if not self.training:
             return "before the training"
-        # The system calls would make a table of a hundred rows.
-        return ": ".join(names[:2]) if self.level0 or self.level1 else "between steps"
+        levels = zip((self.level0, self.level1), LEVELS, strict=True)
+        return ": ".join(operations[at - 1][2] for at, operations in levels if at) or "between steps"
 
 
 # ---- In a child ----
@@ -160,31 +149,36 @@ def watch(status: Status, seed: int) -> None:
     # Not the global generator: the training's random numbers are its own.
     draw = random.Random(seed)
 
+    def pause(longest: float) -> None:
+        if draw.random() < 0.5:
+            time.sleep(draw.uniform(0, longest))
+
     def patch(level: int, index: int, owner: Any, name: str) -> None:
         original = getattr(owner, name)
-        longest = WAIT_STATE_FILE if name == "save_to_json" else WAITS[level]
-
-        def pause() -> None:
-            # System calls wait inside our operations only: elsewhere a run makes thousands.
-            if longest and (level != 2 or status.level0) and draw.random() < 0.5:
-                time.sleep(draw.uniform(0, longest))
+        longest = 0 if level == 0 else WAIT_STATE_FILE if name == "save_to_json" else WAIT
 
         def patched(*args: Any, **kwargs: Any) -> Any:
             field_name = f"level{level}"
             before = getattr(status, field_name)
             setattr(status, field_name, index + 1)
-            pause()
+            pause(longest)
             try:
                 result = original(*args, **kwargs)
                 if name == "publish" and (match := re.fullmatch(r"checkpoint-(\d+)", Path(args[1]).name)):
                     status.announced = int(match[1])
-                pause()
+                pause(longest)
                 return result
             finally:
                 setattr(status, field_name, before)
 
         setattr(owner, name, patched)
 
+    def audit(event: str, args: tuple[Any, ...]) -> None:
+        writes = event in FILE_EVENTS and (event != "open" or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+        if writes and (status.level0 or status.level1):
+            pause(WAIT_FILE)
+
+    sys.addaudithook(audit)
     for level, operations in enumerate(LEVELS):
         for index, (owner, name, _) in enumerate(operations):
             patch(level, index, owner, name)
@@ -360,6 +354,9 @@ class Life:
     def wait_for_training(self) -> None:
         self.wait(lambda: bool(self.status.training), LIFE_SECONDS)
 
+    def is_writing(self) -> bool:
+        return bool(self.status.level1)
+
     def kill(self, only: int | None = None) -> None:
         for pid, rank in list(self.running.items()):
             if only is None or rank == only:
@@ -427,6 +424,10 @@ def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
             # What is left of the training, and the start of a resumed run, which can be killed as well.
             left = case.duration * max(1 - wanted / total, 0.15)
             life.wait(lambda: False, draw.uniform(0, 0.85 * left))
+            if draw.random() < 0.5:
+                # A step takes as long as several operations on files, so every second kill waits for one of those.
+                life.wait(life.is_writing, left)
+                life.wait(lambda: False, draw.uniform(0, WAIT))
         if life.running and kills < most_kills:
             where = life.status.where()
             if case.processes > 1 and draw.random() < 0.5:

@@ -93,9 +93,10 @@ def test_alpha_zero_is_iterative_dpo_bit_for_bit(
         {"num_rounds": 3, "round_beta": [0.01, 0.1, 1.0], "gradient_accumulation_steps": 2},
         {"num_rounds": 2, "precompute_ref_log_probs": True},
         {"num_rounds": 2, "model_init_kwargs": {"dtype": "bfloat16"}},
+        {"num_rounds": 2, "dataloader_num_workers": 2},
         {"num_rounds": 2, "optim": "rmsprop", "warmup_steps": 0.5, "lr_scheduler_type": "cosine"},
     ],
-    ids=["betas-accumulation", "precomputed", "bfloat16", "rmsprop-cosine"],
+    ids=["betas-accumulation", "precomputed", "bfloat16", "workers", "rmsprop-cosine"],
 )
 def test_alpha_zero_is_iterative_dpo_with_other_settings(
     make_apo: Any, base: Path, tmp_path: Path, settings: dict

@@ -424,6 +424,25 @@ def test_best_model_and_rotation_with_one_round(make_apo: Any, tmp_path: Path) -
     assert tiny.same_weights(trainer.model, kept)
 
 
+def test_one_round_goes_on_from_a_stock_checkpoint(make_apo: Any, base: Path, tmp_path: Path) -> None:
+    from trl import DPOConfig, DPOTrainer
+
+    settings = {"save_strategy": "steps", "save_steps": 4, "train_sampling_strategy": "sequential"}
+    stock = DPOTrainer(
+        model=str(base),
+        args=DPOConfig(**tiny.arguments(tmp_path / "stock", num_train_epochs=1, **settings)),
+        train_dataset=tiny.make_pairs(24),
+        processing_class=tiny.make_tokenizer(),
+    )
+    stock.train()
+    ours = make_apo(num_rounds=1, **settings)
+    ours.train(resume_from_checkpoint=str(tmp_path / "stock/checkpoint-4"))
+    assert tiny.same_weights(ours.model, stock.model)
+    durable.verify(tmp_path / "out/checkpoint-12")
+    with pytest.raises(ValueError, match="holds no rounds"):
+        make_apo("more", num_rounds=2, **settings).train(resume_from_checkpoint=str(tmp_path / "stock/checkpoint-4"))
+
+
 def test_save_total_limit_never_leaves_a_moment_without_a_checkpoint(
     make_apo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1116,9 +1116,10 @@ class RoundsTrainer(_Parent):
     def _complete_checkpoint(self, staged: Path, round_index: int) -> None:
         content = {"format": "trl-extras checkpoint", "version": STATE_VERSION, "trl_extras": __version__}
         known: dict[str, dict[str, Any]] = {}
-        if self._keeps_rounds:
+        source = RoundFolder(self._output_dir, round_index)
+        # A run of one round may have been resumed from a stock checkpoint, which holds none.
+        if self._keeps_rounds and source.path.is_dir():
             content = self._state_content(round_index) | content
-            source = RoundFolder(self._output_dir, round_index)
             target = RoundFolder(staged, round_index)
             durable.link_tree(source.path, target.path)
             prefix = target.path.relative_to(staged).as_posix()
