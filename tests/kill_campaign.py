@@ -19,9 +19,9 @@ leftovers.
 
 A process that has imported everything forks one child a life, because most of a small run is imports. The children
 wait at random at durable operations, upstream's `TrainerState.save_to_json` included, and wherever a file is made,
-renamed or removed inside them, and half of the kills wait for such an operation: instants in which a folder is
-half-written are long enough to be met. SIGKILL is the end of a process, not of a
-machine: what the disk itself would lose without fsync is not tested here.
+renamed or removed inside them; and more than half of the kills wait for such an operation. So instants in which a
+folder is half-written are long enough to be met, and often met. SIGKILL is the end of a process, not of a machine:
+what the disk itself would lose without fsync is not tested here.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ import argparse
 import collections
 import contextlib
 import ctypes
+import functools
 import hashlib
 import json
 import mmap
@@ -114,7 +115,7 @@ WAIT, WAIT_FILE, WAIT_STATE_FILE = 0.02, 0.004, 0.04
 class Status:
     """Numbers that a child leaves for its parent, in memory that outlives it."""
 
-    NAMES = ("training", "resumed_at", "announced", "step", "level0", "level1", "finished")
+    NAMES = ("training", "resumed_at", "announced", "step", "level0", "level1", "seen", "finished")
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, 8 * len(self.NAMES))
@@ -161,6 +162,8 @@ def watch(status: Status, seed: int) -> None:
             field_name = f"level{level}"
             before = getattr(status, field_name)
             setattr(status, field_name, index + 1)
+            if level == 1:
+                status.seen |= 1 << index
             pause(longest)
             try:
                 result = original(*args, **kwargs)
@@ -252,6 +255,7 @@ class Case:
     processes: int
     expected: dict[str, Any] = field(default_factory=dict)
     duration: float = 0.0
+    operations: int = 0
     kills: list[tuple[str, list[str]]] = field(default_factory=list)
     lives: int = 0
 
@@ -348,14 +352,14 @@ class Life:
             self.reap()
             if not self.running or until():
                 return True
-            time.sleep(0.002)
+            time.sleep(0.001)
         return False
 
     def wait_for_training(self) -> None:
         self.wait(lambda: bool(self.status.training), LIFE_SECONDS)
 
-    def is_writing(self) -> bool:
-        return bool(self.status.level1)
+    def is_at(self, operation: int) -> bool:
+        return self.status.level1 == operation
 
     def kill(self, only: int | None = None) -> None:
         for pid, rank in list(self.running.items()):
@@ -404,7 +408,8 @@ def problems_at_the_end(case: Case, folder: Path, found: dict[str, Any]) -> list
 
 def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
     """Run a configuration alone, then with kills; the kills and what was wrong after each are in `case.kills`."""
-    tiny.make_pairs(case.settings["rows"]).save_to_disk(case.folder / "data")
+    if case.processes > 1:
+        tiny.make_pairs(case.settings["rows"]).save_to_disk(case.folder / "data")
     alone = case.folder / "alone"
     life = Life(case, alone, None, draw.randrange(2**31))
     life.wait_for_training()
@@ -412,7 +417,7 @@ def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
     case.expected = life.finish()
     # With its waits, as the lives to be killed have them.
     case.duration = time.monotonic() - begun
-    case.expected["on_disk"] = on_disk(alone)
+    case.expected["on_disk"], case.operations = on_disk(alone), life.status.seen
     total = case.expected["rounds"][-1]["last_step"]
 
     folder = case.folder / "out"
@@ -424,26 +429,24 @@ def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
             # What is left of the training, and the start of a resumed run, which can be killed as well.
             left = case.duration * max(1 - wanted / total, 0.15)
             life.wait(lambda: False, draw.uniform(0, 0.85 * left))
-            if draw.random() < 0.5:
-                # A step takes as long as several operations on files, so every second kill waits for one of those.
-                life.wait(life.is_writing, left)
+            if draw.random() < 0.6:
+                # Training takes most of the time, and of the operations some are rare: most kills wait for one that
+                # was drawn among all that this configuration has.
+                target = draw.choice([at + 1 for at in range(len(LEVELS[1])) if case.operations >> at & 1])
+                life.wait(functools.partial(life.is_at, target), left)
                 life.wait(lambda: False, draw.uniform(0, WAIT))
-        if life.running and kills < most_kills:
+        killed = bool(life.running) and kills < most_kills and not life.status.finished
+        problems: list[str] = []
+        if killed:
             where = life.status.where()
             if case.processes > 1 and draw.random() < 0.5:
                 # One alone; the others hang or fail until the launcher ends them.
                 life.kill(only=draw.randrange(case.processes))
                 life.wait(lambda: False, 0.3)
             life.kill()
-            where = life.status.where() if case.processes == 1 else where
-            case.kills.append((where, []))
-            problems = case.kills[-1][1]
+            case.kills.append((where if case.processes > 1 else life.status.where(), problems))
         else:
-            try:
-                found = life.finish()
-                problems = problems_at_the_end(case, folder, found)
-            except RuntimeError as error:
-                problems = [f"a resumed run {error}"]
+            problems += problems_at_the_end(case, folder, life.finish())
         if life.status.resumed_at >= 0 and life.status.resumed_at != wanted:
             problems.append(f"resumed at step {life.status.resumed_at}, but the newest checkpoint was {wanted}")
         announced = max(announced, life.status.announced)
@@ -455,13 +458,12 @@ def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
         wanted = newest_checkpoint(folder)
         if wanted < announced:
             problems.append(f"checkpoint-{announced} was complete, but the newest is {wanted}")
-        if life.status.finished and not life.running:
+        if not killed:
             # What is wrong with the end is wrong with every kill on the way there.
             for _, earlier in case.kills:
                 earlier.extend(problem for problem in problems if problem not in earlier)
-        elif kills == most_kills or not case.kills:
-            raise RuntimeError(f"case {case.number}: {problems}")
-        if life.status.finished:
+            if problems and not case.kills:
+                raise RuntimeError("; ".join(problems))
             return
         resume = draw.choice(SPELLINGS)
 
@@ -470,10 +472,12 @@ def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
 def workspace() -> Iterator[Path]:
     """A temporary folder; what failed in it stays, for a look."""
     folder = Path(tempfile.mkdtemp(prefix="kill-campaign-"))
-    yield folder
-    with contextlib.suppress(OSError):
-        (folder / "base").exists() and shutil.rmtree(folder / "base")
-        folder.rmdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder / "base", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def main() -> int:
@@ -495,7 +499,9 @@ def main() -> int:
             try:
                 run_case(case, draw, min(draw.randint(1, MOST_KILLS), options.kills - done))
             except RuntimeError as error:
-                case.kills.append(("a run that was left alone" if not case.kills else "at the end", [str(error)]))
+                if not case.kills:
+                    case.kills.append(("(a run that nobody killed)", []))
+                case.kills[-1][1].append(f"a run {error}")
             done += len(case.kills)
             wrong = sorted({problem for _, problems in case.kills for problem in problems})
             for where, problems in case.kills:

@@ -20,7 +20,7 @@ if [[ -z "$python" ]]; then
     done
     [[ -n "$python" ]] || fail "there is no Python 3.11 or newer: install one, or set PYTHON to its path"
 fi
-new_enough "$python" || fail "$python ($("$python" --version 2>&1 || true)) is not a Python 3.11 or newer: set PYTHON"
+new_enough "$python" || fail "$python ($("$python" --version 2>&1 | head -n 1 || true)) is not a Python 3.11 or newer: set PYTHON"
 
 # An environment is reused if it was made for this folder and these requirements by this Python.
 constraints=()

@@ -30,6 +30,7 @@ if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")
 warnings.filterwarnings("ignore")
 
+from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -40,7 +41,7 @@ SETTINGS_FILE = "quickstart_settings.json"
 RESULT_FILE = "quickstart.json"
 TABLE_FILE = "quickstart.md"
 
-# Chosen on seed 0 and confirmed on another; recipes/quickstart/README.md has the numbers.
+# Chosen on seed 0; recipes/quickstart/README.md has the numbers.
 DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "rounds": 3,
@@ -510,11 +511,19 @@ def report(
     final: Path,
     plain: str,
 ) -> None:
-    table = Table(title=f"Accelerated Preference Optimization of SmolLM2-135M-Instruct\n{weights}")
+    table = Table(
+        title=f"Accelerated Preference Optimization of SmolLM2-135M-Instruct\n{weights}",
+        box=box.HORIZONTALS,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     for index, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="left" if index == 0 else "right")
+        # Fold: a narrow terminal breaks numbers, but never leaves a digit out.
+        table.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
+    # Errors beside the values where there is room, below them where there is not.
+    joint = "±" if console.width >= 112 else "\n±"
     for row in rows:
-        table.add_row(*cells(row))
+        table.add_row(*(cell.replace(" ± ", joint) for cell in cells(row)))
     console.print()
     console.print(table)
     for line in lines:
