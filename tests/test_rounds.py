@@ -25,11 +25,15 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
-from trl_extras import APOConfig
+from trl_extras import APOConfig, APOTrainer
 from trl_extras.rounds import NonFiniteError, RoundDataBuilder, RoundPlan, RoundsConfig, RoundsTrainer, durable
 from trl_extras.rounds.data import RoundDataset, group_keys, split_folds
 from trl_extras.rounds.plan import restarting
 from trl_extras.rounds.trainer import rows_fingerprint
+
+
+# For monkeypatch.setattr: what is refused is refused before any weights load.
+NO_WEIGHTS = ("trl.trainer.dpo_trainer.create_model_from_path", lambda *a, **k: pytest.fail("weights loaded"))
 
 
 class Killed(BaseException):
@@ -208,8 +212,9 @@ def test_killed_anywhere_resumes_to_the_same_bits(
         last = get_last_checkpoint(str(tmp_path / folder)) if (tmp_path / folder).is_dir() else None
         if last is not None:
             durable.verify(Path(last))
-        saved = reached // 2 * 2
-        assert (0 if last is None else int(last.rsplit("-", 1)[1])) >= saved - 2, "a finished checkpoint was lost"
+        # At an even step it may be that very step's checkpoint that was being written.
+        saved = reached // 2 * 2 - (2 if reached % 2 == 0 else 0)
+        assert (0 if last is None else int(last.rsplit("-", 1)[1])) >= saved, "a finished checkpoint was lost"
         second = make_apo(folder, **settings)
         second.train(resume_from_checkpoint="True")
         assert same(final(second), expected), (instant, count)
@@ -304,6 +309,184 @@ def test_resume_skips_half_written_folders(make_apo: Any, tmp_path: Path, value:
     assert same(final(resumed), final(whole))
 
 
+@pytest.mark.parametrize("rows", [0, 3, 6])
+def test_resumed_with_another_eval_set_trains_the_same(make_apo: Any, tmp_path: Path, rows: int) -> None:
+    """Its reference is theta_t, not the policy inside the round; what was computed for the training rows stays."""
+    settings = {**EVERY_STEP, "precompute_ref_log_probs": True, "lr_scheduler_type": "constant"}
+    whole = make_apo(**settings, eval_dataset=tiny.make_pairs(4, seed=5), eval_strategy="epoch")
+    whole.train()
+    other = {"eval_dataset": tiny.make_pairs(rows, seed=6), "eval_strategy": "epoch"} if rows else {}
+    resumed = make_apo(**settings, **other)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-6"))
+    assert same(final(resumed), final(whole))
+    for step in range(7, 13):
+        durable.verify(tmp_path / f"out/checkpoint-{step}")
+    if rows:
+        # The same evaluation with the reference model itself.
+        plain = make_apo("plain", **{**settings, "precompute_ref_log_probs": False}, **other)
+        plain.train()
+        got = [e["eval_loss"] for e in resumed.state.log_history if "eval_loss" in e][-2:]
+        assert got == pytest.approx(
+            [e["eval_loss"] for e in plain.state.log_history if "eval_loss" in e][-2:], abs=1e-6
+        )
+
+
+def test_reference_log_probs_belong_to_their_rows(make_apo: Any) -> None:
+    """A fresh start in the same folder with other rows, of the same number, finds nothing to reuse."""
+    settings = {"num_rounds": 2, "precompute_ref_log_probs": True, "eval_strategy": "steps", "eval_steps": 1}
+    warm = {**settings, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 1}
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            control.should_training_stop = True
+            return control
+
+    make_apo(**warm, eval_dataset=tiny.make_pairs(4, seed=5), callbacks=[Stop()]).train()
+    again = make_apo(
+        **warm, eval_dataset=tiny.make_pairs(4, seed=9), data=tiny.make_pairs(24, seed=11), callbacks=[Stop()]
+    )
+    again.train()
+    assert again.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    losses = [e["eval_loss"] for e in again.state.log_history if "eval_loss" in e]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    built = make_apo(**warm, eval_dataset=tiny.make_pairs(4, seed=9), callbacks=[Stop()])
+    calls = []
+    built.round_data_builder = lambda round_index, policy, seed: (
+        calls.append(round_index), tiny.make_pairs(12, seed=21))[1]  # fmt: skip
+    built.train()
+    assert built.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    # A builder that was mended is asked again when a run begins anew.
+    mended = make_apo(**warm, eval_dataset=tiny.make_pairs(4, seed=9), callbacks=[Stop()])
+    mended.round_data_builder = built.round_data_builder
+    mended.train()
+    assert calls == [0, 0]
+
+
+def test_one_round_has_its_beta_and_epochs_resumed_or_not(make_apo: Any, tmp_path: Path) -> None:
+    settings = {"num_rounds": 1, "round_beta": [1.0], "save_strategy": "steps", "save_steps": 4}
+    whole = make_apo(**settings)
+    assert whole.beta == 1.0
+    whole.train()
+    resumed = make_apo("again", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-4"))
+    assert resumed.beta == 1.0
+    assert same(final(resumed), final(whole))
+    parents = make_apo("parents", num_rounds=1, sync_ref_model=True, round_beta=[1.0], round_epochs=[2])
+    parents.train()
+    assert parents.beta == 1.0
+    assert parents.state.global_step == 24
+
+
+def test_the_last_checkpoint_survives_the_end_of_training(make_apo: Any, tmp_path: Path) -> None:
+    settings = {"num_rounds": 2, "save_total_limit": 1, "save_strategy": "epoch", "eval_strategy": "epoch"}
+    settings |= {"metric_for_best_model": "loss", "eval_dataset": tiny.make_pairs(4, seed=5), "learning_rate": 0.5}
+    make_apo(**settings).train()
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-12"]
+
+
+def test_manifests_hold_no_secret_and_no_path(make_apo: Any, base: Path, tmp_path: Path) -> None:
+    kwargs = {"token": "hf_secret", "cache_dir": str(tmp_path / "cache"), "dtype": "float32"}
+    trainer = make_apo(num_rounds=2, save_strategy="steps", save_steps=6, model_init_kwargs=kwargs)
+    trainer.train()
+    out = tmp_path / "out"
+    manifests = [*out.rglob("manifest.json"), out / "_rounds/run.json", out / "rounds.jsonl"]
+    assert len(manifests) > 5
+    for path in manifests:
+        for private in ("hf_secret", str(tmp_path), str(base)):
+            assert private not in path.read_text(), (path, private)
+
+
+@pytest.mark.parametrize("plugin", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_a_plugin_of_accelerate_launch_is_refused(make_apo: Any, monkeypatch: pytest.MonkeyPatch, plugin: str) -> None:
+    trainer = make_apo("fine", num_rounds=1)
+    config = trainer.args
+    config.num_rounds = 2
+    monkeypatch.setenv(f"ACCELERATE_USE_{plugin}", "true")
+    monkeypatch.setattr(*NO_WEIGHTS)
+    with pytest.raises(ValueError, match="does not work with more than one round"):
+        type(trainer)(model="nowhere", args=config, train_dataset=tiny.make_pairs(24))
+
+
+def test_a_bad_checkpoint_in_the_configuration_is_refused_before_weights_load(
+    make_apo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**EVERY_STEP, "save_steps": 6, "num_rounds": 2}
+    make_apo(**settings).train()
+    monkeypatch.setattr(*NO_WEIGHTS)
+    (tmp_path / "out/checkpoint-12/model.safetensors").write_bytes(b"x")
+    for changes, message in (
+        ({"resume_from_checkpoint": str(tmp_path / "out/checkpoint-12")}, "not a whole checkpoint"),
+        ({"resume_from_checkpoint": str(tmp_path / "out/checkpoint-6"), "beta": 0.7}, r"`beta` of round 1 is 0\.7"),
+        ({"resume_from_checkpoint": "last", "save_only_model": True}, "leaves nothing to resume from"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_apo(**{**settings, **changes})
+
+
+def test_a_given_reference_model_is_left_alone(make_apo: Any) -> None:
+    reference = tiny.make_model(seed=9)
+    before = {name: p.clone() for name, p in reference.state_dict().items()}
+    trainer = make_apo(ref_model=reference, num_rounds=2)
+    trainer.train()
+    assert all(torch.equal(before[name], p) for name, p in reference.state_dict().items())
+    with pytest.raises(ValueError, match="`ref_model` has served its round"):
+        trainer.train()
+
+
+def test_a_training_set_put_in_place_later_is_used(make_apo: Any) -> None:
+    trainer = make_apo(num_rounds=2)
+    trainer.train_dataset = trainer.train_dataset.select(range(8))
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_a_single_prompt_is_refused_before_weights_load(make_apo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*NO_WEIGHTS)
+    rows = [{"prompt": "w1 ", "chosen": f"w{i}", "rejected": f"w{i + 1}"} for i in range(9)]
+    with pytest.raises(ValueError, match="1 distinct prompts, but `num_rounds` is 3"):
+        make_apo(data=datasets.Dataset.from_list(rows))
+
+
+class WithKeyword(APOTrainer):
+    def __init__(self, *args: Any, extra: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.extra = extra
+
+
+def test_a_subclass_may_have_keywords_of_its_own(base: Path, tmp_path: Path) -> None:
+    config = APOConfig(**tiny.arguments(tmp_path))
+    trainer = WithKeyword(
+        str(base), args=config, train_dataset=tiny.make_pairs(6), processing_class=tiny.make_tokenizer(), extra=3
+    )
+    assert trainer.extra == 3
+    with pytest.raises(TypeError, match="each once"):
+        APOTrainer(str(base), model=str(base), args=config, train_dataset=tiny.make_pairs(6))
+
+
+def test_a_replaced_checkpoint_is_brought_back(make_apo: Any, tmp_path: Path) -> None:
+    """Killed between the two renames: the old folder is all there is."""
+    settings = {**EVERY_STEP, "save_steps": 6, "num_rounds": 2, "save_total_limit": 1}
+    whole = make_apo(**settings)
+    whole.train()
+    (tmp_path / "out/checkpoint-12").rename(tmp_path / "out/_trash-checkpoint-12")
+    again = make_apo(**settings)
+    again.train(resume_from_checkpoint="last")
+    assert same(final(again), final(whole))
+    assert [p.name for p in (tmp_path / "out").glob("*checkpoint*")] == ["checkpoint-12"]
+
+
+def test_a_limit_is_kept_after_a_kill_between_checkpoint_and_rotation(
+    make_apo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**EVERY_STEP, "save_steps": 6, "num_rounds": 2, "save_total_limit": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr("trl_extras.rounds.checkpoints.rotate", lambda *args: None)
+        make_apo(**settings).train()
+    assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 2
+    make_apo(**settings).train(resume_from_checkpoint="last")
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-12"]
+
+
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_resume_without_any_checkpoint_starts_from_the_beginning(make_apo: Any, rounds: int, capsys: Any) -> None:
     trainer = make_apo(num_rounds=rounds)
@@ -352,15 +535,15 @@ def test_same_configuration_begins_anew_and_reuses_reference_log_probs(
     # The last round's folder is what a finished run leaves; its first round is computed again.
     second = make_apo(**settings)
     computed = []
-    original = type(second).__mro__[2]._precompute_ref_logps
+    original = type(second)._reference_logps
 
-    def counting(self: Any, dataset: Any, name: str, batch_size: int) -> Any:
-        computed.append(name)
-        return original(self, dataset, name, batch_size)
+    def counting(self: Any, dataset: Any, name: str) -> Any:
+        computed.append((self._round, name))
+        return original(self, dataset, name)
 
-    monkeypatch.setattr("trl.DPOTrainer._precompute_ref_logps", counting)
+    monkeypatch.setattr(type(second), "_reference_logps", counting)
     second.train()
-    assert computed == ["train"]
+    assert computed == [(0, "train")]
     assert same(final(first), final(second))
 
 
@@ -666,6 +849,23 @@ def test_rounds_work_over_sft(base: Path, tmp_path: Path) -> None:
     elsewhere = RoundsSFTConfig(**tiny.arguments(tmp_path / "resumed", num_rounds=2, **common))
     resumed = run(elsewhere, RoundsSFT, str(base), data, str(tmp_path / "rounds/checkpoint-8"))
     assert tiny.same_weights(resumed.model, model)
+    config = RoundsSFTConfig(**tiny.arguments(tmp_path / "built", num_rounds=2, **common))
+    built = RoundsSFT(model=str(base), args=config, train_dataset=data, processing_class=tiny.make_tokenizer())
+    folds = split_folds(24, 2, seed=42)
+    built.round_data_builder = lambda round_index, policy, seed: data.select(folds[round_index])
+    built.train()
+    assert tiny.same_weights(built.model, model)
+
+
+def test_what_a_builder_raises_is_its_own(make_apo: Any) -> None:
+    trainer = make_apo(num_rounds=2)
+
+    def builder(round_index: int, policy: Any, seed: int) -> Any:
+        raise FileNotFoundError("pairs-1.jsonl")
+
+    trainer.round_data_builder = builder
+    with pytest.raises(FileNotFoundError, match=r"pairs-1\.jsonl"):
+        trainer.train()
 
 
 # ---- Bad input, before weights load ----
@@ -682,6 +882,7 @@ def test_rounds_work_over_sft(base: Path, tmp_path: Path) -> None:
         ({"extrapolation_alpha": [True]}, "`extrapolation_alpha` is"),
         ({"extrapolation_alpha": "lots"}, "`extrapolation_alpha` is 'lots'"),
         ({"extrapolation_alpha": [0.1, 0.2]}, "`extrapolation_alpha` has 2 values, but `num_rounds` is 3"),
+        ({"extrapolation_alpha": None}, "`extrapolation_alpha` is None"),
         ({"extrapolation_alpha": []}, "`extrapolation_alpha` has 0 values"),
         ({"round_beta": [0.1, 0.1]}, "`round_beta` has 2 values"),
         ({"round_beta": [0.1, 0.0, 0.1]}, "`round_beta` is"),
@@ -809,7 +1010,7 @@ FullWeights.fingerprint = lambda self: (time.sleep(0.3 * int(os.environ["RANK"])
 trainer = APOTrainer(
     model=base,
     args=APOConfig(**tiny.arguments(out, num_rounds=3, extrapolation_alpha=[0.6], per_device_train_batch_size=batch,
-        train_sampling_strategy="sequential", save_strategy="steps", save_steps=1, optim="sgd", learning_rate=0.1)),
+        train_sampling_strategy="sequential", save_strategy="steps", save_steps=1, optim="sgd", learning_rate=0.1, precompute_ref_log_probs=True)),
     train_dataset=tiny.make_pairs(24),
     processing_class=tiny.make_tokenizer(),
 )
@@ -838,6 +1039,7 @@ def test_two_processes_agree_with_one_and_resume(base: Path, tmp_path: Path, mak
         assert process.returncode == 0, output[-3000:]
 
     launch(tmp_path / "two", "no")
+    # Without the precomputation: it changes nothing but where the numbers come from.
     one = make_apo("one", extrapolation_alpha=[0.6], per_device_train_batch_size=4, optim="sgd", learning_rate=0.1)
     one.train()
     two = AutoModelForCausalLM.from_pretrained(tmp_path / "two", dtype=torch.float32)
@@ -848,6 +1050,6 @@ def test_two_processes_agree_with_one_and_resume(base: Path, tmp_path: Path, mak
     resumed = AutoModelForCausalLM.from_pretrained(tmp_path / "resumed", dtype=torch.float32)
     assert tiny.same_weights(two, resumed)
     with pytest.raises(ValueError, match="was written by 2 processes, but there are 1"):
-        make_apo("wrong", extrapolation_alpha=[0.6], optim="sgd", learning_rate=0.1).train(
-            resume_from_checkpoint=str(tmp_path / "two/checkpoint-3")
-        )
+        make_apo(
+            "wrong", precompute_ref_log_probs=True, optim="sgd", learning_rate=0.1, extrapolation_alpha=[0.6]
+        ).train(resume_from_checkpoint=str(tmp_path / "two/checkpoint-3"))

@@ -16,6 +16,8 @@ TRAINER_STATE_NAME = "trainer_state.json"
 
 # Overridden by the rounds mixin (transformers.Trainer) and by APOTrainer (trl.DPOTrainer).
 OVERRIDDEN_TRAINER_METHODS = ("_get_output_dir", "_save_checkpoint", "_push_from_checkpoint")
+# Called on a transformers.Trainer.
+CALLED_TRAINER_METHODS = ("_finish_current_push",)
 OVERRIDDEN_DPO_METHODS = ("_precompute_ref_logps",)
 # Read or set on a DPOTrainer.
 DPO_ATTRIBUTES = ("beta", "ref_model", "precompute_ref_logps", "_precompute_model_hash")

@@ -13,15 +13,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
@@ -29,11 +33,11 @@ from ..cards import build_card
 from ..errors import ConfigurationError
 from ..rounds import RoundsTrainer, durable
 from ..rounds.state import FullWeights, RoundFolder
+from ..rounds.trainer import rows_fingerprint
 from .config import APOConfig
 
 
 _LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
-_LOGPS_FILE = "reference_logps.safetensors"
 
 
 class APOTrainer(RoundsTrainer, DPOTrainer):
@@ -81,7 +85,9 @@ class APOTrainer(RoundsTrainer, DPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         self._eval_without_logps: Any = None
         self._user_reference = False
+        self._reference_spent = False
         super().__init__(*args, **kwargs)
+        self.beta = self.args.beta_of(0)
         if self._user_reference and self._multi_round and not self.precompute_ref_logps:
             self._check_user_reference()
 
@@ -89,9 +95,13 @@ class APOTrainer(RoundsTrainer, DPOTrainer):
         given = super()._complete_arguments(given)
         model, config = given.get("model"), given["args"]
         self._user_reference = given.get("ref_model") is not None
-        if not self._keeps_rounds or self._user_reference or config.precompute_ref_log_probs:
+        if not self._keeps_rounds or config.precompute_ref_log_probs:
             return given
-        if isinstance(model, PreTrainedModel):
+        if self._user_reference:
+            if config.num_rounds > 1:
+                # Later rounds' references are written into it; the user's own object stays as it is.
+                given["ref_model"] = copy.deepcopy(given["ref_model"])
+        elif isinstance(model, PreTrainedModel):
             # Upstream reloads the reference from the model's path: another model if this one was changed in memory.
             given["ref_model"] = copy.deepcopy(model)
         return given
@@ -157,35 +167,44 @@ class APOTrainer(RoundsTrainer, DPOTrainer):
         if not self._multi_round:
             return rows
         given = self._user_reference and round_index == 0
-        self._check_same_reference(given, folder, restored)
-        if self.precompute_ref_logps:
-            return self._with_reference_logps(given, rows, folder)
+        if given and self._reference_spent:
+            raise ConfigurationError(
+                "`ref_model` has served its round and is gone, so that `train()` cannot begin anew: make a new "
+                "trainer."
+            )
         if not given:
+            self._reference_spent = True
+        if self.precompute_ref_logps:
+            if not given:
+                # The reference is theta_t, the live policy; a model passed by the user has served its round.
+                self.ref_model = None
+            reference = (
+                self._check_given_reference(folder, restored) if given else str(folder.whole_manifest()["policy"])
+            )
+            return self._with_reference_logps(reference, rows, folder, restored)
+        if given:
+            self._check_given_reference(folder, restored)
+        else:
             assert self._weights is not None
-            reference = self.accelerator.unwrap_model(self.ref_model)
+            model = self.accelerator.unwrap_model(self.ref_model)
             if restored:
-                self._weights.load_into(reference, folder.policy)
+                self._weights.load_into(model, folder.policy)
             else:
-                self._weights.copy_to(reference)
+                self._weights.copy_to(model)
         return rows
 
-    def _check_same_reference(self, given: bool, folder: RoundFolder, restored: bool) -> None:
-        """Record which reference the round has; refuse to go on with another `ref_model` than the run began with."""
-        manifest = folder.manifest() or {}
-        reference = manifest["policy"]
-        if given and self.ref_model is not None:
-            reference = FullWeights(self.accelerator.unwrap_model(self.ref_model)).fingerprint()
-        recorded = manifest.get("reference")
-        if recorded == reference:
-            return
-        if restored and recorded is not None:
+    def _check_given_reference(self, folder: RoundFolder, restored: bool) -> str:
+        """Record which `ref_model` the first round has; refuse to go on with another. Returns its hash."""
+        assert self.ref_model is not None
+        reference = FullWeights(self.accelerator.unwrap_model(self.ref_model)).fingerprint()
+        recorded = folder.whole_manifest().get("reference")
+        if restored and recorded != reference:
             raise ConfigurationError(
                 "`ref_model` is not the one that this round began with: pass that one again to resume."
             )
-        if self.args.should_save:
-            # Numbers of another reference.
-            (folder.path / _LOGPS_FILE).unlink(missing_ok=True)
-        self._add_to_manifest(folder, reference=reference)
+        if recorded != reference:
+            self._add_to_manifest(folder, reference=reference)
+        return reference
 
     # ---- Reference log-probabilities computed ahead ----
 
@@ -196,50 +215,81 @@ class APOTrainer(RoundsTrainer, DPOTrainer):
             return dataset
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
-    def _with_reference_logps(self, given: bool, rows: Any, folder: RoundFolder) -> Any:
+    def _with_reference_logps(self, reference: str, rows: Any, folder: RoundFolder, restored: bool) -> Any:
         """
         The round's rows, and the evaluation sets, with the reference's log-probabilities: from disk, or computed.
+
+        Args:
+            reference: hash of the reference's weights.
         """
-        if not given:
-            # The reference is theta_t, the live policy; a model passed by the user has served its round.
-            self.ref_model = None
         evaluation = self._eval_without_logps
         named = evaluation if isinstance(evaluation, dict) else ({} if evaluation is None else {"eval": evaluation})
-        sets = {"train": rows, **{f"eval/{name}": dataset for name, dataset in named.items()}}
-        sizes = {name: len(dataset) for name, dataset in sets.items()}
-        path = folder.path / _LOGPS_FILE
-        logps = _read_logps(path, sizes)
-        if logps is None:
-            # Upstream's cache is keyed by this value; a stale one would silently return another round's numbers.
-            self._precompute_model_hash = (folder.manifest() or {})["reference"]
-            logps = {}
-            # Upstream's own bar shows the forward passes; those of `datasets` around it would bury it.
-            quiet = not datasets.are_progress_bars_disabled()
-            if quiet:
-                datasets.disable_progress_bars()
-            for name, dataset in sets.items():
-                batch_size = self.args.precompute_ref_batch_size or (
-                    self.args.per_device_train_batch_size if name == "train" else self.args.per_device_eval_batch_size
-                )
-                computed = (
-                    super()._precompute_ref_logps(dataset, name.rpartition("/")[2], batch_size).with_format("torch")
-                )
-                for column in _LOGPS:
-                    logps[f"{name}/{column}"] = torch.as_tensor(computed[column][:], dtype=torch.float32)
-            if quiet:
-                datasets.enable_progress_bars()
-            if self.args.should_save:
-                _write_logps(path, logps)
-            self._add_to_manifest(folder)
-        complete = {
-            name: _with_columns(dataset, {column: logps[f"{name}/{column}"] for column in _LOGPS})
-            for name, dataset in sets.items()
-        }
+        complete = {}
+        for name, dataset in {"train": rows, **{f"eval {name}": dataset for name, dataset in named.items()}}.items():
+            # The name says whose numbers for which rows: a file of other rows or another reference is never taken.
+            key = xxhash.xxh3_128_hexdigest(f"{reference} {rows_fingerprint(dataset)}".encode())
+            path = folder.path / f"reference_logps-{key}.safetensors"
+            if path.name in folder.whole_manifest()["files"]:
+                with safe_open(path, framework="pt") as file:
+                    logps = {column: file.get_tensor(column) for column in _LOGPS}
+            else:
+                with self._policy_of(folder) if restored and self.ref_model is None else contextlib.nullcontext():
+                    logps = self._reference_logps(dataset, name)
+                with self._state_errors(folder.round_index):
+                    if self.args.should_save:
+                        partial = path.with_name(f"{durable.PARTIAL_PREFIX}{path.name}")
+                        save_file(logps, partial)
+                        durable.sync(partial)
+                        partial.replace(path)
+                    self._add_to_manifest(folder, changed=[path.name])
+            complete[name] = _with_columns(dataset, logps)
         if isinstance(evaluation, dict):
-            self.eval_dataset = {name: complete[f"eval/{name}"] for name in evaluation}
+            self.eval_dataset = {name: complete[f"eval {name}"] for name in evaluation}
         elif evaluation is not None:
-            self.eval_dataset = complete["eval/eval"]
+            self.eval_dataset = complete["eval eval"]
         return complete["train"]
+
+    def _reference_logps(self, dataset: Any, name: str) -> dict[str, torch.Tensor]:
+        """
+        Log-probabilities of chosen and rejected under the reference, (rows,) each, on every process.
+
+        Not the parent's method: its cache lies in a folder that processes do not share where rows are in memory, and
+        would keep every round's numbers for good.
+        """
+        batch_size = self.args.precompute_ref_batch_size or (
+            self.args.per_device_train_batch_size if name == "train" else self.args.per_device_eval_batch_size
+        )
+        loader = torch.utils.data.DataLoader(
+            dataset,
+            batch_size=batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        batches = self.accelerator.prepare_data_loader(loader)
+        what = f"Reference log-probabilities, round {self._round + 1}, {name}"
+        gathered: dict[str, list[torch.Tensor]] = {column: [] for column in _LOGPS}
+        for batch in tqdm(batches, desc=what, disable=self.args.disable_tqdm or not self.is_world_process_zero()):
+            logps = self.compute_ref_log_probs(self.ref_model or self.model, batch)
+            for column, values in zip(_LOGPS, self.accelerator.gather_for_metrics(logps), strict=True):
+                gathered[column].append(values.float().cpu())
+        return {column: torch.cat(values) for column, values in gathered.items()}
+
+    @contextlib.contextmanager
+    def _policy_of(self, folder: RoundFolder) -> Iterator[None]:
+        """
+        theta_t as live weights; a run that resumed inside round t needs it for a set that it did not have before.
+        """
+        assert self._weights is not None
+        # A copy in memory: this happens only where someone resumes with another evaluation set.
+        live = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        self._weights.load(folder.policy)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.model.named_parameters():
+                    parameter.copy_(live[name])
 
     # ---- Model card ----
 
@@ -262,20 +312,3 @@ def _with_columns(dataset: Any, columns: dict[str, torch.Tensor]) -> Any:
     for name, values in columns.items():
         dataset = dataset.add_column(name, values.numpy())
     return dataset
-
-
-def _read_logps(path: Path, sizes: dict[str, int]) -> dict[str, torch.Tensor] | None:
-    """Log-probabilities written before, or None if there are none for sets of these sizes."""
-    if not path.is_file():
-        return None
-    with safe_open(path, framework="pt") as file:
-        logps = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    wanted = {f"{name}/{column}": size for name, size in sizes.items() for column in _LOGPS}
-    return logps if {name: len(values) for name, values in logps.items()} == wanted else None
-
-
-def _write_logps(path: Path, logps: dict[str, torch.Tensor]) -> None:
-    partial = path.with_name(f"{durable.PARTIAL_PREFIX}{path.name}")
-    save_file(logps, partial)
-    durable.sync(partial)
-    partial.replace(path)

@@ -26,7 +26,10 @@ def as_list(name: str, value: Any, kind: type, check: Callable[[Any], bool], wan
     Raises:
         ValueError: naming the field, what it got and what it wants.
     """
-    values = [value] if isinstance(value, (str, int, float)) else list(value)
+    try:
+        values = [value] if isinstance(value, str) else list(value)
+    except TypeError:
+        values = [value]
     result = []
     for item in values:
         try:

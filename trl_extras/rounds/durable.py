@@ -79,7 +79,7 @@ def write_manifest(folder: Path, content: dict[str, Any], known: dict[str, dict[
         if name not in entries:
             sync(path)
             entries[name] = {"size": path.stat().st_size, "xxh3_128": checksum(path)}
-    for directory in sorted({path.parent for path in files_below(folder)}):
+    for directory in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
         sync(directory)
     write_json(folder / MANIFEST, {**content, "files": entries})
 
@@ -169,6 +169,12 @@ def sweep(parents: Iterable[Path]) -> list[str]:
     """Remove what an interrupted run left under temporary names; returns the names."""
     swept = []
     for parent in parents:
+        for trash in sorted(parent.glob(f"{TRASH_PREFIX}checkpoint-*")) if parent.is_dir() else []:
+            # Killed between the two renames of `publish`: what was to be replaced may be all there is.
+            original = trash.with_name(trash.name.removeprefix(TRASH_PREFIX))
+            with suppress(DamagedStateError):
+                if not original.exists() and verify(trash):
+                    trash.rename(original)
         for path in sorted(parent.glob("_*")) if parent.is_dir() else []:
             if path.name.startswith((PARTIAL_PREFIX, TRASH_PREFIX)):
                 swept.append(path.name)

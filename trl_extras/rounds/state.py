@@ -272,3 +272,18 @@ class RoundFolder:
         except durable.DamagedStateError:
             return None
         return manifest if manifest.get("version") == STATE_VERSION else None
+
+    def whole_manifest(self) -> dict[str, Any]:
+        """
+        The manifest of a folder that has to be there and whole.
+
+        Raises:
+            DamagedStateError: it is not, for this process.
+        """
+        manifest = self.manifest()
+        if manifest is None:
+            raise durable.DamagedStateError(
+                f"{self.path} is not there or not whole for this process: all processes have to see the same "
+                "`output_dir`, and nothing else may change it."
+            )
+        return manifest

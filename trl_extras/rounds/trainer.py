@@ -9,14 +9,16 @@ untouched. What a method adds (an extrapolation, a reference, a beta) are the ho
 from __future__ import annotations
 
 import copy
+import errno
 import inspect
 import json
 import math
+import os
 import random
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +68,11 @@ _FREE_PREFIXES = (
 )  # fmt: skip
 
 
+_ROWS_FILE = "data.parquet"
+# What a user mends by making room or changing rights.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
+
+
 class NonFiniteError(RuntimeError):
     """Training has produced a nan or an infinity. The last good state is on disk."""
 
@@ -104,6 +111,7 @@ class RoundsTrainer(_Parent):
     """
 
     config_class: type[Any]
+    train_dataset: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
         given = self._bind(args, kwargs)
@@ -124,6 +132,7 @@ class RoundsTrainer(_Parent):
         self._boundary_seconds = {"weights": 0.0, "data": 0.0}
         self._run_started_step = 0
         # Before the parent moves defaults into the arguments, and before any weights load.
+        self.args = config
         self._configuration = self._comparable_configuration(config)
         unsupported = self._unsupported(given, config)
         if config.num_rounds > 1 and unsupported:
@@ -139,7 +148,10 @@ class RoundsTrainer(_Parent):
         self._check_rows(given.get("train_dataset"), config)
         if self._keeps_rounds:
             self._refuse_foreign_rounds(config)
+        self._check_resume(config)
         super().__init__(**self._complete_arguments(given))
+        if config.num_rounds > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigurationError("Sharded weights do not work with more than one round so far: use DDP.")
         if self._keeps_rounds:
             self._weights = FullWeights(self.model)
             # In front, so that every other callback sees the weights and data of the round that begins.
@@ -151,9 +163,11 @@ class RoundsTrainer(_Parent):
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The constructor's arguments by name, as the TRL class behind this one takes them."""
         stock: Any = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("trl."))
-        given = dict(inspect.signature(stock.__init__).bind(self, *args, **kwargs).arguments)
-        del given["self"]
-        return given
+        names = list(inspect.signature(stock.__init__).parameters)[1:]
+        if len(args) > len(names) or set(names[: len(args)]) & kwargs.keys():
+            raise TypeError(f"{type(self).__name__} takes the arguments of {stock.__name__}, each once: {names}.")
+        # Keywords that TRL's class does not know are those of a class in between.
+        return {**dict(zip(names, args, strict=False)), **kwargs}
 
     def _complete_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         """The parent's constructor arguments, once all of them have been checked."""
@@ -181,9 +195,10 @@ class RoundsTrainer(_Parent):
             found.append(("A PEFT adapter", "rounds train full weights so far. Leave the adapter away."))
         if given.get("quantization_config") is not None or getattr(model, "is_quantized", False):
             found.append(("A quantized model", "rounds train full weights so far. Load the model unquantized."))
-        if config.deepspeed or getattr(config, "deepspeed_plugin", None) is not None:
+        # `accelerate launch` tells of its configuration in the environment alone until the trainer is made.
+        if config.deepspeed or getattr(config, "deepspeed_plugin", None) is not None or _asked("DEEPSPEED"):
             found.append(("DeepSpeed", "rounds need every weight on every process so far. Use DDP."))
-        if config.fsdp or getattr(config.distributed_state, "distributed_type", None) == "FSDP":
+        if config.fsdp or _asked("FSDP") or _asked("MEGATRON_LM"):
             found.append(("FSDP", "rounds need every weight on every process so far. Use DDP."))
         if getattr(config, "parallelism_config", None) is not None:
             found.append(("`parallelism_config`", "rounds need every weight on every process so far. Use DDP."))
@@ -227,6 +242,19 @@ class RoundsTrainer(_Parent):
                 f"`train_dataset` has {rows} rows, but `num_rounds` is {config.num_rounds} and `round_data='split'` "
                 "gives each round its own: use fewer rounds, more data, or `round_data='reuse'`."
             )
+        if config.round_data == "split" and "prompt" in train_dataset.column_names:
+            distinct: set[str] = set()
+            for row in train_dataset.select_columns(["prompt"]):
+                distinct.add(repr(row["prompt"]))
+                if len(distinct) >= config.num_rounds:
+                    break
+            else:
+                raise ConfigurationError(
+                    f"`train_dataset` has {len(distinct)} distinct prompts, but `num_rounds` is {config.num_rounds} "
+                    "and "
+                    "`round_data='split'` gives each round its own: use fewer rounds, more prompts, or "
+                    "`round_data='reuse'`."
+                )
         if config.max_steps > 0:
             share = rows // config.num_rounds if config.round_data == "split" else rows
             batches = math.ceil(share / (config.train_batch_size * max(config.world_size, 1)))
@@ -250,6 +278,16 @@ class RoundsTrainer(_Parent):
             for name, value in config.to_dict().items()
             if name not in _FREE_FIELDS | self._per_round_fields() and not name.startswith(_FREE_PREFIXES)
         }
+        # Nested values can hold tokens and paths, and manifests are uploaded with checkpoints: a hash tells them
+        # apart.
+        loading = config.model_init_kwargs if isinstance(getattr(config, "model_init_kwargs", None), dict) else {}
+        fields["model_init_kwargs"] = {
+            name: str(loading[name]) for name in ("dtype", "revision", "attn_implementation") if loading.get(name)
+        }
+        for name, value in fields.items():
+            if isinstance(value, dict) and name != "model_init_kwargs":
+                text = json.dumps(value, default=str, sort_keys=True)
+                fields[name] = f"xxh3:{xxhash.xxh3_128_hexdigest(text.encode())}"
         return json.loads(json.dumps(fields, default=str, sort_keys=True))
 
     def _compare_configuration(self, other: dict[str, Any], where: str) -> None:
@@ -270,6 +308,20 @@ class RoundsTrainer(_Parent):
             self._compare_configuration(
                 run["configuration"], f"the run whose rounds `output_dir` holds ({config.output_dir}/{ROUNDS_DIR})"
             )
+
+    def _check_resume(self, config: Any) -> None:
+        """Check the checkpoint that the configuration names; one given to `train()` alone is checked there."""
+        if config.save_only_model and config.resume_from_checkpoint and config.num_rounds > 1:
+            raise ConfigurationError(
+                "`save_only_model=True` leaves nothing to resume from, but `resume_from_checkpoint` is set: leave "
+                "one away."
+            )
+        run = self._read_run(Path(config.output_dir)) if self._keeps_rounds else None
+        checkpoint, _ = checkpoints.resolve(
+            config.resume_from_checkpoint, Path(config.output_dir), run.get("run_id") if run else None
+        )
+        if checkpoint is not None and self._keeps_rounds:
+            self._check_checkpoint(checkpoint)
 
     @staticmethod
     def _read_run(output_dir: Path) -> dict[str, Any] | None:
@@ -373,13 +425,13 @@ class RoundsTrainer(_Parent):
                 "pass "
                 "the rows as `train_dataset`, or use more rounds."
             )
+        self._tidy()
         run = self._read_run(self._output_dir) if self._keeps_rounds else None
         checkpoint, told = checkpoints.resolve(
             resume_from_checkpoint, self._output_dir, run.get("run_id") if run else None
         )
         for line in told:
             self._say(line)
-        self._tidy()
         if self._keeps_rounds:
             self._start_run(checkpoint)
         path = None if checkpoint is None else str(checkpoint)
@@ -402,10 +454,22 @@ class RoundsTrainer(_Parent):
         self._resumed_from = checkpoint
         self.round_summaries = []
         self._num_folds = self.args.num_rounds if self.args.round_data == "split" else 1
+        if self.train_dataset is not self._rows:
+            # Also where someone has put another one in place.
+            self._prepared_train_dataset = self.train_dataset
         if checkpoint is None:
             self._run_id = None
         else:
             self._adopt(checkpoint)
+            if self.args.should_save and checkpoint.parent.resolve() == self._output_dir.resolve():
+                # A kill may have come between a checkpoint and the removal of older ones.
+                state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+                checkpoints.rotate(
+                    self._output_dir,
+                    self.args.save_total_limit,
+                    state["global_step"],
+                    state.get("best_model_checkpoint"),
+                )
         if self._run_id is None:
             identity = [uuid.uuid4().hex]
             if self.accelerator.num_processes > 1:
@@ -431,7 +495,24 @@ class RoundsTrainer(_Parent):
                 )
 
     def _adopt(self, checkpoint: Path) -> None:
-        """Check that a checkpoint is one that this run can go on from, and take over what it fixes."""
+        """Take over what a checkpoint fixes."""
+        manifest = self._check_checkpoint(checkpoint)
+        if manifest is None:
+            return
+        self._run_id = manifest["run_id"]
+        self._num_folds = manifest["num_folds"]
+        if self.args.round_data == "split" and self._num_folds != self.args.num_rounds:
+            self._say(
+                f"The run began with {self._num_folds} folds; rounds after the {self._num_folds}th use them again, in "
+                "order."
+            )
+        self.round_summaries = [row for row in manifest["summaries"] if row["round"] < manifest["round"]]
+
+    def _check_checkpoint(self, checkpoint: Path) -> dict[str, Any] | None:
+        """
+        Check that a checkpoint is one that this run can go on from. Returns its manifest, or None for a stock
+        trainer's.
+        """
         manifest = self._checkpoint_manifest(checkpoint)
         if manifest is None or "round" not in manifest:
             if self._multi_round:
@@ -440,13 +521,17 @@ class RoundsTrainer(_Parent):
                     "wrote "
                     "it, or a run that kept none): start from its weights instead, with it as the model."
                 )
-            return
-        if self._multi_round and manifest["world_size"] != self.accelerator.num_processes:
+            return None
+        if self._multi_round and manifest["world_size"] != self.args.world_size:
             raise ConfigurationError(
                 f"{checkpoint.name} was written by {manifest['world_size']} processes, but there are "
-                f"{self.accelerator.num_processes}: resume with as many."
+                f"{self.args.world_size}: resume with as many."
             )
-        if not (checkpoint / "scheduler.pt").is_file() and not (checkpoint / "optimizer.pt").is_file():
+        if (
+            self._multi_round
+            and not (checkpoint / "scheduler.pt").is_file()
+            and not (checkpoint / "optimizer.pt").is_file()
+        ):
             raise ConfigurationError(
                 f"{checkpoint.name} was written with `save_only_model=True` and has no optimizer state to resume "
                 "from: "
@@ -468,14 +553,7 @@ class RoundsTrainer(_Parent):
                         f"`{name}` of round {t + 1} is {now[name]!r}, but {checkpoint.name} has had it with "
                         f"{settings[name]!r}: only rounds to come can be changed."
                     )
-        self._run_id = manifest["run_id"]
-        self._num_folds = manifest["num_folds"]
-        if self.args.round_data == "split" and self._num_folds != self.args.num_rounds:
-            self._say(
-                f"The run began with {self._num_folds} folds; rounds after the {self._num_folds}th use them again, "
-                "in order."
-            )
-        self.round_summaries = [row for row in manifest["summaries"] if row["round"] < round_index]
+        return manifest
 
     @staticmethod
     def _checkpoint_manifest(checkpoint: Path) -> dict[str, Any] | None:
@@ -483,14 +561,14 @@ class RoundsTrainer(_Parent):
         return durable.read_manifest(checkpoint) if path.is_file() else None
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
-        if not self._keeps_rounds:
-            return super().set_initial_training_values(args, dataloader)
         epochs = args.epochs_of_rounds()
         whole = copy.copy(args)
         if self._multi_round or args.round_epochs is not None:
             # A copy, because upstream reads the epochs of the whole run where the field means those of a round.
             whole.num_train_epochs = sum(epochs)
         values = super().set_initial_training_values(whole, dataloader)
+        if not self._keeps_rounds:
+            return values
         num_epochs, steps_per_epoch, *_, max_steps = values
         if not self._multi_round:
             # One round may have a fraction of an epoch, or a number of steps.
@@ -599,6 +677,8 @@ class RoundsTrainer(_Parent):
         try:
             yield
         except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
             free = shutil.disk_usage(self._output_dir).free if self._output_dir.is_dir() else 0
             raise RuntimeError(
                 f"Round {round_index + 1}, step {self.state.global_step}: the round's state could not be written "
@@ -623,7 +703,7 @@ class RoundsTrainer(_Parent):
             self._write_weights(round_index, folder, previous)
         self._round = round_index
         settled = time.monotonic()
-        with self._own_random_numbers(round_index), self._evaluating(), self._state_errors(round_index):
+        with self._own_random_numbers(round_index), self._evaluating():
             rows = self._make_rows(round_index, folder)
             rows = self._prepare_round(round_index, rows, folder, restored=False)
         if self._rows is not None:
@@ -688,10 +768,12 @@ class RoundsTrainer(_Parent):
                 self._transition(round_index, previous)
             if self._weights.fingerprint() == found["policy"]:
                 if write:
-                    durable.write_json(
-                        folder.path / durable.MANIFEST,
-                        {**found, "run_id": self._run_id, "summaries": self.round_summaries},
-                    )
+                    files = found["files"]
+                    if found["run_id"] != self._run_id:
+                        # Another run's builder may have made other rows of the same policy.
+                        files = {name: entry for name, entry in files.items() if name != _ROWS_FILE}
+                    news = {"files": files, "run_id": self._run_id, "summaries": self.round_summaries}
+                    durable.write_json(folder.path / durable.MANIFEST, {**found, **news})
                     self._link_iterate(folder)
                 self.accelerator.wait_for_everyone()
                 return
@@ -720,6 +802,8 @@ class RoundsTrainer(_Parent):
                 durable.remove(partial)
             raise
         self.accelerator.wait_for_everyone()
+        # Here rather than in the middle of a round, if processes write to disks of their own.
+        folder.whole_manifest()
 
     def _state_content(self, round_index: int) -> dict[str, Any]:
         """What every manifest of this run says, as of round `round_index`."""
@@ -828,21 +912,21 @@ class RoundsTrainer(_Parent):
     def _built_rows(self, round_index: int, folder: RoundFolder) -> Any:
         assert self.round_data_builder is not None
         assert self._rows is not None
-        path = folder.path / "data.parquet"
-        manifest = folder.manifest()
-        if manifest is not None and "data.parquet" in manifest["files"]:
-            # Built before, from a policy that may be gone by now.
-            rows = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
-        else:
+        path = folder.path / _ROWS_FILE
+        # Rows that this run built before are kept: the policy that made them may be gone by now.
+        if self._resumed_from is None or _ROWS_FILE not in folder.whole_manifest()["files"]:
             policy = self.accelerator.unwrap_model(self.model)
             built = self.round_data_builder(round_index=round_index, policy=policy, seed=self._round_seed(round_index))
             rows = self._prepare_built(built, round_index)
-            if self.args.should_save:
-                partial = path.with_name(f"{durable.PARTIAL_PREFIX}{path.name}")
-                rows.to_parquet(str(partial))
-                durable.sync(partial)
-                partial.replace(path)
-            self._add_to_manifest(folder, num_rows=len(rows))
+            with self._state_errors(round_index):
+                if self.args.should_save:
+                    partial = path.with_name(f"{durable.PARTIAL_PREFIX}{path.name}")
+                    rows.to_parquet(str(partial))
+                    durable.sync(partial)
+                    partial.replace(path)
+                self._add_to_manifest(folder, changed=[_ROWS_FILE], num_rows=len(rows))
+        # From disk for all processes and lives, so that all train on the same rows.
+        rows = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
         planned = len(self._rows)
         if len(rows) > planned:
             raise ConfigurationError(
@@ -864,7 +948,17 @@ class RoundsTrainer(_Parent):
                 f"{'no rows' if isinstance(built, datasets.Dataset) else type(built).__name__}, but has to return a "
                 "`datasets.Dataset` with at least one row."
             )
-        rows = self._prepare_dataset(built, self.processing_class, self.args, "train")
+        # SFTTrainer's method takes more than DPOTrainer's.
+        wanted = inspect.signature(self._prepare_dataset).parameters
+        offered = {
+            "dataset": built,
+            "processing_class": self.processing_class,
+            "args": self.args,
+            "packing": getattr(self.args, "packing", False),
+            "formatting_func": None,
+            "dataset_name": "train",
+        }
+        rows = self._prepare_dataset(**{name: value for name, value in offered.items() if name in wanted})
         if len(rows) == 0:
             raise ConfigurationError(
                 f"Round {round_index + 1}: all {len(built)} rows of the round data builder were dropped in "
@@ -876,22 +970,14 @@ class RoundsTrainer(_Parent):
     def _check_same_rows(self, rows: Any, folder: RoundFolder) -> None:
         """Record what a round is trained on; refuse to go on with other rows."""
         digest = rows_fingerprint(rows)
-        manifest = folder.manifest()
-        if manifest is None:
+        if folder.whole_manifest().get("rows") == digest:
             return
-        if "rows" not in manifest:
-            self._add_to_manifest(folder, rows=digest, num_rows=len(rows))
-        elif manifest["rows"] != digest:
-            if self._resumed_from is not None and folder.round_index == self._plan_round():
-                raise ConfigurationError(
-                    "`train_dataset` does not give the rows that this round has been trained on so far: pass the data "
-                    "of the run that you resume, or use another `output_dir`."
-                )
-            # The same weights meet other data in a fresh start: nothing that was computed from the old rows is kept.
-            for name in list(manifest["files"]):
-                if "/" not in name and self.args.should_save:
-                    (folder.path / name).unlink(missing_ok=True)
-            self._add_to_manifest(folder, rows=digest, num_rows=len(rows))
+        if self._resumed_from is not None and folder.round_index == self._plan_round():
+            raise ConfigurationError(
+                "`train_dataset` does not give the rows that this round has been trained on so far: pass the data "
+                "of the run that you resume, or use another `output_dir`."
+            )
+        self._add_to_manifest(folder, rows=digest, num_rows=len(rows))
 
     def _plan_round(self) -> int | None:
         """The round that the run resumed inside of, or None where it began or resumed at a boundary."""
@@ -899,12 +985,16 @@ class RoundsTrainer(_Parent):
         step = self.state.global_step
         return None if self._plan.starts_at(step) is not None else self._plan.round_of_checkpoint(step)
 
-    def _add_to_manifest(self, folder: RoundFolder, **content: Any) -> None:
-        """List files that were added to a round's folder, and further entries."""
+    def _add_to_manifest(self, folder: RoundFolder, changed: Sequence[str] = (), **content: Any) -> None:
+        """Bring a manifest up to date: files that are new or `changed`, and further entries. All processes call it."""
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             manifest = durable.read_manifest(folder.path)
-            known = {name: entry for name, entry in manifest.pop("files").items() if (folder.path / name).is_file()}
+            known = {
+                name: entry
+                for name, entry in manifest.pop("files").items()
+                if name not in changed and (folder.path / name).is_file()
+            }
             durable.write_manifest(folder.path, {**manifest, **content}, known)
         self.accelerator.wait_for_everyone()
 
@@ -1098,6 +1188,9 @@ class RoundsTrainer(_Parent):
                 self._complete_checkpoint(staged, round_index)
                 durable.publish(staged, final)
                 durable.remove(staging)
+                if self.args.push_to_hub:
+                    # A push under way may still read a checkpoint that is about to go.
+                    self._finish_current_push()
                 best = self.state.best_model_checkpoint
                 checkpoints.rotate(run_dir, self.args.save_total_limit, self.state.global_step, best)
         self.accelerator.wait_for_everyone()
@@ -1108,7 +1201,10 @@ class RoundsTrainer(_Parent):
     def _correct_best_checkpoint(self, run_dir: Path) -> None:
         """Upstream has looked for the best checkpoint in the staging folder."""
         best = self.state.best_global_step
-        if best:
+        if self._multi_round:
+            # Upstream would end the run by removing every checkpoint but this one, the last iterate's included.
+            self.state.best_model_checkpoint = None
+        elif best:
             folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{best}"
             if best == self.state.global_step or folder.is_dir():
                 self.state.best_model_checkpoint = str(folder)
@@ -1137,6 +1233,11 @@ class RoundsTrainer(_Parent):
 
     def _write_card(self, folder: Path) -> None:
         """Write the model card of a saved model; a method's own."""
+
+
+def _asked(plugin: str) -> bool:
+    """Whether `accelerate launch` was told to use a plugin."""
+    return os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("1", "true", "yes", "on")
 
 
 def rows_fingerprint(rows: Any) -> str:
