@@ -1010,7 +1010,8 @@ FullWeights.fingerprint = lambda self: (time.sleep(0.3 * int(os.environ["RANK"])
 trainer = APOTrainer(
     model=base,
     args=APOConfig(**tiny.arguments(out, num_rounds=3, extrapolation_alpha=[0.6], per_device_train_batch_size=batch,
-        train_sampling_strategy="sequential", save_strategy="steps", save_steps=1, optim="sgd", learning_rate=0.1, precompute_ref_log_probs=True)),
+        train_sampling_strategy="sequential", save_strategy="steps", save_steps=1, optim="sgd", learning_rate=0.1,
+        precompute_ref_log_probs=True)),
     train_dataset=tiny.make_pairs(24),
     processing_class=tiny.make_tokenizer(),
 )
