@@ -6,7 +6,6 @@ Private methods that the trainers override are listed here as well; `tests/test_
 
 from __future__ import annotations
 
-from transformers.trainer_callback import CallbackHandler, TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
@@ -20,17 +19,15 @@ OVERRIDDEN_TRAINER_METHODS = ("_get_output_dir", "_save_checkpoint", "_push_from
 CALLED_TRAINER_METHODS = ("_finish_current_push",)
 OVERRIDDEN_DPO_METHODS = ("_precompute_ref_logps",)
 # Read or set on a DPOTrainer.
-DPO_ATTRIBUTES = ("beta", "ref_model", "precompute_ref_logps", "_precompute_model_hash")
+DPO_ATTRIBUTES = ("beta", "ref_model", "precompute_ref_logps")
 
 __all__ = [
+    "CALLED_TRAINER_METHODS",
     "DPO_ATTRIBUTES",
     "OVERRIDDEN_DPO_METHODS",
     "OVERRIDDEN_TRAINER_METHODS",
     "PREFIX_CHECKPOINT_DIR",
     "TRAINER_STATE_NAME",
-    "CallbackHandler",
-    "TrainerControl",
-    "TrainerState",
     "_BaseConfig",
     "_BaseTrainer",
 ]

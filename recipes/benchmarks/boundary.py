@@ -1,20 +1,25 @@
 """
-What the boundary between two rounds costs when nothing is sampled, against reading and writing the same weights once.
+What the boundary between two rounds costs when nothing is sampled, against reading and writing the same bytes.
 
     python recipes/benchmarks/boundary.py
 
 A model of SmolLM2-135M's shape in float32 trains one step a round. At every boundary APOTrainer checks and measures
 the iterate, writes it, extrapolates, writes the extrapolated policy, both with fsync and checksums, and copies the
-policy into the reference. Right after each boundary the yardstick runs in the same process: one copy of the same
-weights is loaded from a safetensors file and saved to another with fsync. The reference's log-probabilities, which
-the round may compute ahead (`precompute_ref_log_probs`), are reported beside it; they grow with the data.
+policy into the reference. It reads three copies of the weights (the last iterate, the policy that the round began with
+and the one before) and writes two. Right after each boundary the yardsticks run in the same process:
+
+- the same bytes: three copies are loaded from safetensors files, and two are saved with fsync to files that stay until
+  the next boundary, as the round's own do;
+- one copy: one is loaded, and one is saved with fsync to a file that goes at once, whose memory the next one reuses.
+
+The reference's log-probabilities, which the round may compute ahead (`precompute_ref_log_probs`), are reported beside
+it; they grow with the data.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -42,23 +47,28 @@ transformers.utils.logging.disable_progress_bar()
 
 
 class Yardstick(TrainerCallback):
-    """Loads and saves one copy of the weights after every boundary; comes after the trainer's own callback."""
+    """Loads and saves the weights after every boundary; comes after the trainer's own callback."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.seconds: list[float] = []
+        self.seconds: dict[str, list[float]] = {"same": [], "one": []}
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        source, target = self.folder / "source.safetensors", self.folder / "target.safetensors"
-        begun = time.perf_counter()
-        weights = load_file(source)
-        # Every page has to have been read, as at a boundary.
-        sum(float(tensor.view(-1)[::1024].sum()) for tensor in weights.values())
-        save_file(weights, target)
-        durable.sync(target)
-        durable.sync(self.folder)
-        self.seconds.append(time.perf_counter() - begun)
-        target.unlink()
+        sources = [self.folder / f"source-{i}.safetensors" for i in range(3)]
+        for name, reads, writes in (("same", 3, 2), ("one", 1, 1)):
+            begun = time.perf_counter()
+            for source in sources[:reads]:
+                weights = load_file(source)
+                # Every page has to have been read, as at a boundary.
+                sum(float(tensor.view(-1)[::1024].sum()) for tensor in weights.values())
+            for copy in range(writes):
+                target = self.folder / f"{name}-{state.global_step % 2}-{copy}.safetensors"
+                save_file(weights, target)
+                durable.sync(target)
+            durable.sync(self.folder)
+            self.seconds[name].append(time.perf_counter() - begun)
+        for old in (*self.folder.glob(f"same-{(state.global_step + 1) % 2}-*"), *self.folder.glob("one-*")):
+            old.unlink()
 
 
 def main() -> None:
@@ -72,7 +82,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.dir) as name:
         folder = Path(name)
         model = common.make_model()
-        save_file({n: p.detach().clone() for n, p in model.named_parameters()}, folder / "source.safetensors")
+        for i in range(3):
+            save_file({n: p.detach() for n, p in model.named_parameters()}, folder / f"source-{i}.safetensors")
         yardstick = Yardstick(folder)
         trainer = APOTrainer(
             model=model,
@@ -96,18 +107,17 @@ def main() -> None:
         rows = [row for row in trainer.round_summaries if row["round"] >= 2]
         weights = [row["boundary_weights_seconds"] for row in rows]
         data = [row["boundary_data_seconds"] for row in rows]
-        once = yardstick.seconds[2:]
+        same, one = yardstick.seconds["same"][2:], yardstick.seconds["one"][2:]
     print(f"\n{common.machine()}; {len(weights)} boundaries, 0.54 GB of weights\n")
     print("| | median (middle half) |\n|---|---|")
-    print(f"| load and save one copy with fsync, seconds | {common.spread(once)} |")
+    print(f"| load three copies, save two with fsync (the same bytes), seconds | {common.spread(same)} |")
+    print(f"| load and save one copy with fsync, seconds | {common.spread(one)} |")
     print(f"| boundary, seconds | {common.spread(weights)} |")
-    print(
-        f"| boundary / load and save, pair by pair | "
-        f"{common.spread([a / b for a, b in zip(weights, once, strict=True)])} |"
-    )
+    for name, yard in (("the same bytes", same), ("one copy", one)):
+        ratios = [a / b for a, b in zip(weights, yard, strict=True)]
+        print(f"| boundary / {name}, pair by pair | {common.spread(ratios)} |")
     what = f"reference log-probs of {options.rows} pairs" if options.precompute else "copying into the reference"
     print(f"| {what}, seconds | {common.spread(data)} |")
-    print(f"\nmedian ratio {statistics.median(weights) / statistics.median(once):.2f}")
 
 
 if __name__ == "__main__":
