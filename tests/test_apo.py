@@ -351,8 +351,9 @@ def test_rounds_jsonl_norms_and_cosine(make_apo: Any, base: Path, tmp_path: Path
 
 
 def test_card_says_accelerated_and_names_no_path(make_apo: Any, tmp_path: Path, base: Path) -> None:
-    trainer = make_apo(num_rounds=2, hub_token="hf_secret")
+    trainer = make_apo(num_rounds=2, hub_token="hf_secret", save_strategy="epoch")
     trainer.train()
+    assert "| 2 | 0.3 | 0.1 |" in (tmp_path / "out/README.md").read_text(), "the card of a checkpoint lacks its round"
     trainer.save_model(str(tmp_path / "saved"))
     card = (tmp_path / "saved/README.md").read_text()
     assert "*accelerated* preference optimization" in card

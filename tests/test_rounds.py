@@ -547,7 +547,7 @@ def test_same_configuration_begins_anew_and_reuses_reference_log_probs(
     assert same(final(first), final(second))
 
 
-def test_new_runs_ignore_an_earlier_runs_checkpoints(make_apo: Any, tmp_path: Path, capsys: Any) -> None:
+def test_new_runs_ignore_an_earlier_runs_checkpoints(make_apo: Any, tmp_path: Path, capsys: Any, caplog: Any) -> None:
     settings = {**EVERY_STEP, "save_steps": 4, "num_rounds": 2}
     make_apo(**settings).train()
 
@@ -559,6 +559,7 @@ def test_new_runs_ignore_an_earlier_runs_checkpoints(make_apo: Any, tmp_path: Pa
     again = make_apo(model=tiny.make_model(seed=3), **settings, callbacks=[Stop()])
     again.train()
     assert "Stopped at step 5 of 12" in capsys.readouterr().out
+    assert "`output_dir` holds checkpoint-4, checkpoint-8, checkpoint-12 of an earlier run" in caplog.text
     resumed = make_apo(model=tiny.make_model(seed=3), **settings)
     resumed.train(resume_from_checkpoint="last")
     assert "checkpoint-12 is left aside: an earlier run" in capsys.readouterr().out
@@ -988,7 +989,7 @@ def test_a_plain_dpo_config_is_refused(base: Path, tmp_path: Path) -> None:
 
     from trl_extras import APOTrainer
 
-    with pytest.raises(TypeError, match="`args` is a DPOConfig, but APOTrainer wants a APOConfig"):
+    with pytest.raises(TypeError, match="`args` has to be of type APOConfig for APOTrainer, but is of type DPOConfig"):
         APOTrainer(model=str(base), args=DPOConfig(**tiny.arguments(tmp_path)), train_dataset=tiny.make_pairs(6))
 
 

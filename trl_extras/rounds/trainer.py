@@ -181,9 +181,8 @@ class RoundsTrainer(_Parent):
             config = given["args"] = self.config_class(f"{str(name).split('/')[-1] or 'model'}-{self._name}")
         if not isinstance(config, self.config_class):
             raise TypeError(
-                f"`args` is a {type(config).__name__}, but {type(self).__name__} wants a "
-                f"{self.config_class.__name__}: "
-                f"it has the same fields and those of the rounds."
+                f"`args` has to be of type {self.config_class.__name__} for {type(self).__name__}, but is of type "
+                f"{type(config).__name__}: the former has the same fields and those of the rounds."
             )
         return config
 
@@ -471,6 +470,12 @@ class RoundsTrainer(_Parent):
                     state.get("best_model_checkpoint"),
                 )
         if self._run_id is None:
+            earlier = [folder.name for _, folder in checkpoints.list_checkpoints(self._output_dir)]
+            if self._multi_round and earlier:
+                logger.warning(
+                    f"`output_dir` holds {', '.join(earlier)} of an earlier run, which this one replaces step by "
+                    "step: stop, and set `resume_from_checkpoint='last'` to go on with that run or use another `output_dir`."
+                )
             identity = [uuid.uuid4().hex]
             if self.accelerator.num_processes > 1:
                 torch.distributed.broadcast_object_list(identity)
@@ -502,10 +507,7 @@ class RoundsTrainer(_Parent):
         self._run_id = manifest["run_id"]
         self._num_folds = manifest["num_folds"]
         if self.args.round_data == "split" and self._num_folds != self.args.num_rounds:
-            self._say(
-                f"The run began with {self._num_folds} folds; rounds after the {self._num_folds}th use them again, in "
-                "order."
-            )
+            self._say(f"The run began with {self._num_folds} folds; later rounds use them again, in order.")
         self.round_summaries = [row for row in manifest["summaries"] if row["round"] < manifest["round"]]
 
     def _check_checkpoint(self, checkpoint: Path) -> dict[str, Any] | None:
@@ -670,6 +672,9 @@ class RoundsTrainer(_Parent):
         if self.args.keep_iterates:
             self._keep_final_iterate(last + 1)
         self._finish_policy()
+        if self.args.should_save and (self._output_dir / "README.md").is_file():
+            # A checkpoint wrote the card before its last round was over.
+            self._write_card(self._output_dir)
 
     @contextmanager
     def _state_errors(self, round_index: int) -> Iterator[None]:
