@@ -28,14 +28,20 @@ else
 fi
 wanted="$(
     "$python" --version
-    echo "$hardware"
+    echo "$hardware $repository"
     cat "$repository/pyproject.toml" "$repository/constraints-cpu.txt"
 )"
 if [[ -f "$venv/.installed" && "$(cat "$venv/.installed")" == "$wanted" ]]; then
     say "environment: $venv"
 else
     say "making the environment $venv ($hardware); this takes a few minutes, once"
-    "$python" -m venv "$venv" || fail "python -m venv failed: on Debian and Ubuntu install the package python3-venv"
+    if [[ -e "$venv" && ! -f "$venv/.installed" ]]; then
+        fail "$venv is there, but this script has not made it: remove it or set TRL_EXTRAS_QUICKSTART_VENV"
+    fi
+    # Marked as ours at once, so that the next run after an interrupted installation may begin anew.
+    mkdir -p "$venv" && : >"$venv/.installed"
+    "$python" -m venv --clear "$venv" || fail "python -m venv failed: on Debian and Ubuntu install the package python3-venv"
+    : >"$venv/.installed"
     # At a terminal pip's own bars show how far it is; in a log they would be hundreds of lines.
     quiet=()
     [[ -t 1 ]] || quiet=(--quiet)

@@ -474,7 +474,8 @@ class RoundsTrainer(_Parent):
             if self._multi_round and earlier:
                 logger.warning(
                     f"`output_dir` holds {', '.join(earlier)} of an earlier run, which this one replaces step by "
-                    "step: stop, and set `resume_from_checkpoint='last'` to go on with that run or use another `output_dir`."
+                    "step: stop, and set `resume_from_checkpoint='last'` to go on with that run, or use another "
+                    "`output_dir`."
                 )
             identity = [uuid.uuid4().hex]
             if self.accelerator.num_processes > 1:
