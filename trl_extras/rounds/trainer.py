@@ -673,8 +673,8 @@ class RoundsTrainer(_Parent):
         if self.args.keep_iterates:
             self._keep_final_iterate(last + 1)
         self._finish_policy()
-        if self.args.should_save and (self._output_dir / "README.md").is_file():
-            # A checkpoint wrote the card before its last round was over.
+        if self.args.should_save and self._planned_checkpoints():
+            # The last checkpoint wrote the card before its round was over.
             self._write_card(self._output_dir)
 
     @contextmanager
