@@ -7,6 +7,7 @@ Private methods that the trainers override are listed here as well; `tests/test_
 from __future__ import annotations
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.data_utils import _tokenize
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
@@ -17,7 +18,7 @@ TRAINER_STATE_NAME = "trainer_state.json"
 OVERRIDDEN_TRAINER_METHODS = ("_get_output_dir", "_save_checkpoint", "_push_from_checkpoint")
 # Called on a transformers.Trainer.
 CALLED_TRAINER_METHODS = ("_finish_current_push",)
-OVERRIDDEN_DPO_METHODS = ("_precompute_ref_logps",)
+OVERRIDDEN_DPO_METHODS = ("_precompute_ref_logps", "_prepare_dataset")
 # Read or set on a DPOTrainer.
 DPO_ATTRIBUTES = ("beta", "ref_model", "precompute_ref_logps")
 
@@ -30,4 +31,5 @@ __all__ = [
     "TRAINER_STATE_NAME",
     "_BaseConfig",
     "_BaseTrainer",
+    "_tokenize",
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from trl import DPOConfig
 
 from ..errors import ConfigurationError
+from ..rollouts.config import SamplingConfig
 from ..rounds.config import RoundsConfig, as_list, per_round
 
 
@@ -16,14 +17,15 @@ OUTPUT_POLICY = ("iterate", "extrapolated")
 
 
 @dataclass
-class APOConfig(RoundsConfig, DPOConfig):
+class APOConfig(SamplingConfig, RoundsConfig, DPOConfig):
     r"""
     Configuration of the [`APOTrainer`]: *Accelerated* Preference Optimization (arXiv 2410.06293), which is iterative
     DPO with an extrapolation of the policy after every round. Not to be confused with *Anchored* Preference
     Optimization, which TRL has as `loss_type="apo_zero"` and `"apo_down"`.
 
     The fields of [`~trl.DPOConfig`], those of [`~trl_extras.rounds.RoundsConfig`] (`num_rounds`, `round_epochs`,
-    `round_data`, `keep_iterates`; `num_train_epochs` means epochs a round), and:
+    `round_data`, `keep_iterates`; `num_train_epochs` means epochs a round), those of
+    [`~trl_extras.rollouts.SamplingConfig`], which matter where `train_dataset` holds prompts alone, and:
 
     Parameters:
         extrapolation_alpha (`list[float]`, *optional*, defaults to `[0.3]`):
@@ -71,6 +73,7 @@ class APOConfig(RoundsConfig, DPOConfig):
                     f"`{name}` is {getattr(self, name)!r}, but wants one of {', '.join(choices)}."
                 )
         self.validate_rounds()
+        self.validate_sampling()
         self.extrapolation_alpha = as_list(
             "extrapolation_alpha",
             self.extrapolation_alpha,

@@ -4,7 +4,7 @@
 | paper (Algorithm 1) | here |
 |---|---|
 | t, T | round index, `num_rounds` |
-| D_t | the round's rows: a fold of `train_dataset`, all of it, or what `round_data_builder` makes |
+| D_t | the round's rows: sampled from pi_t and ranked, or a fold of given pairs, or what `round_data_builder` makes |
 | pi_t, its weights theta_t | policy at the start of round t and the round's reference |
 | pihat_{t+1}, thetahat_{t+1} | what round t has trained, the iterate |
 | (3.5) | the parent's training, with any of its losses |
@@ -31,8 +31,9 @@ from trl import DPOTrainer
 
 from ..cards import build_card
 from ..errors import ConfigurationError
-from ..rounds import RoundsTrainer, durable
-from ..rounds.state import FullWeights, RoundFolder
+from ..rollouts.trainer import RolloutsTrainer, is_prompts
+from ..rounds import durable
+from ..rounds.state import ROUNDS_DIR, FullWeights, RoundFolder
 from ..rounds.trainer import rows_fingerprint
 from .config import APOConfig
 
@@ -40,7 +41,7 @@ from .config import APOConfig
 _LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
-class APOTrainer(RoundsTrainer, DPOTrainer):
+class APOTrainer(RolloutsTrainer, DPOTrainer):
     """
     Trainer for *Accelerated* Preference Optimization: iterative DPO as a proximal-point method, with a Nesterov
     extrapolation of the policy after every round (arXiv 2410.06293, Algorithm 1).
@@ -88,7 +89,7 @@ class APOTrainer(RoundsTrainer, DPOTrainer):
         self._reference_spent = False
         super().__init__(*args, **kwargs)
         self.beta = self.args.beta_of(0)
-        if self._user_reference and self._multi_round and not self.precompute_ref_logps:
+        if self._user_reference and self.args.num_rounds > 1 and not self.precompute_ref_logps:
             self._check_user_reference()
 
     def _complete_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -157,9 +158,43 @@ class APOTrainer(RoundsTrainer, DPOTrainer):
 
     def _finish_policy(self) -> None:
         last = self.args.num_rounds - 1
-        if self.args.output_policy == "extrapolated":
-            self._extrapolate(self.args.alpha_of(last), RoundFolder(self._output_dir, last))
-            self._say(f"The output is the last iterate extrapolated with alpha {self.args.alpha_of(last):g}.")
+        alpha, extrapolates = self.args.alpha_of(last), self.args.output_policy == "extrapolated"
+        if not extrapolates and not self._heldout():
+            return
+        assert self._weights is not None
+        folder = RoundFolder(self._output_dir, last)
+        kept = self._output_dir / ROUNDS_DIR / f"{durable.PARTIAL_PREFIX}iterate"
+        if not extrapolates and alpha > 0:
+            # On disk, like every round's iterate: a copy in memory would be the run's peak.
+            with self._state_errors(last):
+                self._weights.save(kept, self.args.should_save)
+            self.accelerator.wait_for_everyone()
+        changed = self._extrapolate(alpha, folder)
+        if self._heldout():
+            with self._own_random_numbers(last), self._evaluating():
+                row = self.round_summaries[-1]
+                self._note_extrapolated(
+                    last, self._measure("extrapolated", last) if changed else dict(row["heldout_iterate"])
+                )
+        if extrapolates:
+            self._say(f"The output is the last iterate extrapolated with alpha {alpha:g}.")
+        elif changed:
+            self._weights.load(kept)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                durable.remove(kept)
+
+    # ---- On-policy pairs ----
+
+    def _rows_of_rollouts(self, rollouts: list[dict[str, Any]], planned: int) -> datasets.Dataset:
+        """The best completion of a prompt as chosen, the worst as rejected, as the tokens that were sampled."""
+        pairs = [row for row in rollouts if row["chosen"] is not None][:planned]
+        columns = {
+            "prompt_ids": [row["prompt_ids"] for row in pairs],
+            "chosen_ids": [row["completion_ids"][row["chosen"]] for row in pairs],
+            "rejected_ids": [row["completion_ids"][row["rejected"]] for row in pairs],
+        }
+        return datasets.Dataset.from_dict(columns)
 
     def _prepare_round(self, round_index: int, rows: Any, folder: RoundFolder, restored: bool) -> Any:
         rows = super()._prepare_round(round_index, rows, folder, restored)
@@ -209,6 +244,8 @@ class APOTrainer(RoundsTrainer, DPOTrainer):
     # ---- Reference log-probabilities computed ahead ----
 
     def _precompute_ref_logps(self, dataset: datasets.Dataset, name: str, batch_size: int) -> datasets.Dataset:
+        if is_prompts(dataset) and dataset is not self.train_dataset:
+            return dataset
         # The parent does this for the whole training set while it is made; a round needs its own rows, later.
         if self._multi_round and self._round < 0 and dataset is self.train_dataset:
             self._eval_without_logps = copy.copy(self.eval_dataset)
@@ -223,7 +260,10 @@ class APOTrainer(RoundsTrainer, DPOTrainer):
             reference: hash of the reference's weights.
         """
         evaluation = self._eval_without_logps
+        if not isinstance(evaluation, dict) and is_prompts(evaluation):
+            evaluation = None
         named = evaluation if isinstance(evaluation, dict) else ({} if evaluation is None else {"eval": evaluation})
+        named = {name: dataset for name, dataset in named.items() if not is_prompts(dataset)}
         complete = {}
         for name, dataset in {"train": rows, **{f"eval {name}": dataset for name, dataset in named.items()}}.items():
             # The name says whose numbers for which rows: a file of other rows or another reference is never taken.
@@ -244,7 +284,7 @@ class APOTrainer(RoundsTrainer, DPOTrainer):
                     self._add_to_manifest(folder, changed=[path.name])
             complete[name] = _with_columns(dataset, logps)
         if isinstance(evaluation, dict):
-            self.eval_dataset = {name: complete[f"eval {name}"] for name in evaluation}
+            self.eval_dataset = {name: complete.get(f"eval {name}", dataset) for name, dataset in evaluation.items()}
         elif evaluation is not None:
             self.eval_dataset = complete["eval eval"]
         return complete["train"]

@@ -18,7 +18,7 @@ import random
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,6 +112,8 @@ class RoundsTrainer(_Parent):
 
     config_class: type[Any]
     train_dataset: Any
+    # Whether a round's rows are made in that round, from its policy; then one round is a run in rounds too.
+    _makes_rows = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         given = self._bind(args, kwargs)
@@ -134,12 +136,11 @@ class RoundsTrainer(_Parent):
         # Before the parent moves defaults into the arguments, and before any weights load.
         self.args = config
         self._configuration = self._comparable_configuration(config)
+        self._check_arguments(given, config)
         unsupported = self._unsupported(given, config)
-        if config.num_rounds > 1 and unsupported:
+        if self._multi_round and unsupported:
             setting, reason = unsupported[0]
-            raise ConfigurationError(
-                f"{setting} does not work with more than one round (`num_rounds` is {config.num_rounds}): {reason}"
-            )
+            raise ConfigurationError(f"{setting} does not work with {self._what_rounds()}: {reason}")
         # One round is the parent's run and takes whatever the parent takes; then nothing is kept for a second round.
         self._keeps_rounds = not unsupported and not config.single_round_settings()
         for setting in () if self._keeps_rounds else self._needs_rounds(config):
@@ -150,8 +151,8 @@ class RoundsTrainer(_Parent):
             self._refuse_foreign_rounds(config)
         self._check_resume(config)
         super().__init__(**self._complete_arguments(given))
-        if config.num_rounds > 1 and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ConfigurationError("Sharded weights do not work with more than one round so far: use DDP.")
+        if self._multi_round and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigurationError(f"Sharded weights do not work with {self._what_rounds()} so far: use DDP.")
         if self._keeps_rounds:
             self._weights = FullWeights(self.model)
             # In front, so that every other callback sees the weights and data of the round that begins.
@@ -159,6 +160,30 @@ class RoundsTrainer(_Parent):
         self._prepared_train_dataset: Any = self.train_dataset
 
     # ---- Checks, before any weights load ----
+
+    def _check_arguments(self, given: dict[str, Any], config: Any) -> None:
+        """Further checks of the constructor's arguments; a method's own. It also settles `_makes_rows`."""
+
+    def _what_rounds(self) -> str:
+        """Why the run is one in rounds, for messages."""
+        if self.args.num_rounds > 1:
+            return f"more than one round (`num_rounds` is {self.args.num_rounds})"
+        return "rows that are sampled from the policy"
+
+    def _check_single_round(self, config: Any) -> None:
+        """One round on rows of its own is a run in rounds: what only the parent's can have does not work with it."""
+        for setting, reason in config.single_round_settings():
+            raise ConfigurationError(f"{setting} does not work with {self._what_rounds()}: {reason}")
+        epochs = config.num_train_epochs
+        if config.round_epochs is None and not (math.isfinite(epochs) and epochs >= 1 and epochs == int(epochs)):
+            raise ConfigurationError(
+                f"`num_train_epochs` is {epochs!r}, but means epochs a round and wants a whole number of at least 1 "
+                f"with {self._what_rounds()}."
+            )
+
+    def _planned_rows(self, available: int) -> int:
+        """Rows of every round's epochs, if `available` belong to the round."""
+        return available
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The constructor's arguments by name, as the TRL class behind this one takes them."""
@@ -233,7 +258,7 @@ class RoundsTrainer(_Parent):
                 )
 
     def _check_rows(self, train_dataset: Any, config: Any) -> None:
-        if config.num_rounds == 1 or not isinstance(train_dataset, datasets.Dataset):
+        if not self._multi_round or not isinstance(train_dataset, datasets.Dataset):
             return
         rows = len(train_dataset)
         if config.round_data == "split" and rows < config.num_rounds:
@@ -255,7 +280,7 @@ class RoundsTrainer(_Parent):
                     "`round_data='reuse'`."
                 )
         if config.max_steps > 0:
-            share = rows // config.num_rounds if config.round_data == "split" else rows
+            share = self._planned_rows(rows // config.num_rounds if config.round_data == "split" else rows)
             batches = math.ceil(share / (config.train_batch_size * max(config.world_size, 1)))
             steps = math.ceil(batches / config.gradient_accumulation_steps) * sum(config.epochs_of_rounds())
             # Preparation may drop rows, so that only more than this is certainly wrong before the data are tokenised.
@@ -310,7 +335,7 @@ class RoundsTrainer(_Parent):
 
     def _check_resume(self, config: Any) -> None:
         """Check the checkpoint that the configuration names; one given to `train()` alone is checked there."""
-        if config.save_only_model and config.resume_from_checkpoint and config.num_rounds > 1:
+        if config.save_only_model and config.resume_from_checkpoint and self._multi_round:
             raise ConfigurationError(
                 "`save_only_model=True` leaves nothing to resume from, but `resume_from_checkpoint` is set: leave "
                 "one away."
@@ -362,6 +387,28 @@ class RoundsTrainer(_Parent):
         """Turn the live weights from thetahat_t into theta_t, t > 0, in place; whether they changed."""
         return False
 
+    def _round_builder(self, round_index: int) -> Callable[[RoundFolder], tuple[Any, dict[str, Any]]] | None:
+        """
+        What makes the rows of a round, or None for its share of the training set: a function of the round's folder
+        that returns rows, ready for the collator, and what the folder's manifest keeps beside them.
+        """
+        builder = self.round_data_builder
+        if builder is None:
+            return None
+
+        def build(folder: RoundFolder) -> tuple[Any, dict[str, Any]]:
+            policy = self.accelerator.unwrap_model(self.model)
+            built = builder(round_index=round_index, policy=policy, seed=self._round_seed(round_index))
+            return self._prepare_built(built, round_index), {}
+
+        return build
+
+    def _measure_iterate(self, round_index: int, summary: dict[str, Any]) -> None:
+        """Add to a round's row what the method measures while the live weights are the round's iterate."""
+
+    def _after_weights(self, round_index: int, folder: RoundFolder) -> None:
+        """The live weights are theta_t now, on disk too, and the round's rows not yet made."""
+
     def _prepare_round(self, round_index: int, rows: Any, folder: RoundFolder, restored: bool) -> Any:
         """
         Set up what the round's training needs besides weights and rows, such as a reference.
@@ -385,7 +432,7 @@ class RoundsTrainer(_Parent):
 
     @property
     def _multi_round(self) -> bool:
-        return self.args.num_rounds > 1
+        return self.args.num_rounds > 1 or self._makes_rows
 
     def _say(self, message: str) -> None:
         """A line for the user, once, without tearing progress bars."""
@@ -412,12 +459,13 @@ class RoundsTrainer(_Parent):
         """
         if trial is not None and self._multi_round:
             raise ConfigurationError(
-                "A hyperparameter search does not work with more than one round: search with `num_rounds=1`."
+                f"A hyperparameter search does not work with {self._what_rounds()}: search with `num_rounds=1`, on "
+                "pairs."
             )
         for setting, reason in (
             self._unsupported_callbacks(self.callback_handler.callbacks) if self._multi_round else []
         ):
-            raise ConfigurationError(f"{setting} does not work with more than one round: {reason}")
+            raise ConfigurationError(f"{setting} does not work with {self._what_rounds()}: {reason}")
         if self.round_data_builder is not None and not self._multi_round:
             raise ConfigurationError(
                 "`round_data_builder` is set, but `num_rounds` is 1 and the run is the parent's, on `train_dataset`: "
@@ -489,13 +537,13 @@ class RoundsTrainer(_Parent):
         else:
             self._folds = None
         if self._multi_round:
-            length = len(self._folds[0]) if self._folds else len(self._prepared_train_dataset)
-            self._rows = RoundDataset(length)
+            available = len(self._folds[0]) if self._folds else len(self._prepared_train_dataset)
+            self._rows = RoundDataset(self._planned_rows(available))
             self.train_dataset = self._rows
             if self._folds and checkpoint is None:
-                left_out = len(self._prepared_train_dataset) - length * self._num_folds
+                left_out = len(self._prepared_train_dataset) - available * self._num_folds
                 self._say(
-                    f"{self._num_folds} folds of {length} rows each"
+                    f"{self._num_folds} folds of {available} rows each"
                     + (f"; {left_out} rows are left out to keep them equal" if left_out else "")
                     + "."
                 )
@@ -710,6 +758,7 @@ class RoundsTrainer(_Parent):
         self._round = round_index
         settled = time.monotonic()
         with self._own_random_numbers(round_index), self._evaluating():
+            self._after_weights(round_index, folder)
             rows = self._make_rows(round_index, folder)
             rows = self._prepare_round(round_index, rows, folder, restored=False)
         if self._rows is not None:
@@ -906,8 +955,9 @@ class RoundsTrainer(_Parent):
             # same.
             self._check_same_rows(self._prepared_train_dataset, folder)
             return self._prepared_train_dataset
-        if self.round_data_builder is not None:
-            return self._built_rows(round_index, folder)
+        build = self._round_builder(round_index)
+        if build is not None:
+            return self._built_rows(round_index, folder, build)
         rows = self._prepared_train_dataset
         if self._folds:
             fold = self._folds[round_index % len(self._folds)]
@@ -915,22 +965,21 @@ class RoundsTrainer(_Parent):
         self._check_same_rows(rows, folder)
         return rows
 
-    def _built_rows(self, round_index: int, folder: RoundFolder) -> Any:
-        assert self.round_data_builder is not None
+    def _built_rows(
+        self, round_index: int, folder: RoundFolder, build: Callable[[RoundFolder], tuple[Any, dict[str, Any]]]
+    ) -> Any:
         assert self._rows is not None
         path = folder.path / _ROWS_FILE
         # Rows that this run built before are kept: the policy that made them may be gone by now.
         if self._resumed_from is None or _ROWS_FILE not in folder.whole_manifest()["files"]:
-            policy = self.accelerator.unwrap_model(self.model)
-            built = self.round_data_builder(round_index=round_index, policy=policy, seed=self._round_seed(round_index))
-            rows = self._prepare_built(built, round_index)
+            rows, noted = build(folder)
             with self._state_errors(round_index):
                 if self.args.should_save:
                     partial = path.with_name(f"{durable.PARTIAL_PREFIX}{path.name}")
                     rows.to_parquet(str(partial))
                     durable.sync(partial)
                     partial.replace(path)
-                self._add_to_manifest(folder, changed=[_ROWS_FILE], num_rows=len(rows))
+                self._add_to_manifest(folder, changed=[_ROWS_FILE], num_rows=len(rows), **noted)
         # From disk for all processes and lives, so that all train on the same rows.
         rows = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
         planned = len(self._rows)
@@ -942,8 +991,7 @@ class RoundsTrainer(_Parent):
         if len(rows) < planned:
             logger.warning(
                 f"Round {round_index + 1}: {len(rows)} rows instead of {planned}; {planned - len(rows)} are repeats, "
-                "in "
-                "order, because every epoch of a run is equally long."
+                "in order, because every epoch of a run is equally long."
             )
         return rows
 
@@ -1029,17 +1077,27 @@ class RoundsTrainer(_Parent):
             known = self._round == round_index
             summary[f"boundary_{name}_seconds"] = round(self._boundary_seconds[name], 3) if known else None
         summary |= self._logged_in(round_index)
+        self._measure_iterate(round_index, summary)
         self._call_round_end(round_index, summary)
         self.round_summaries = [row for row in self.round_summaries if row["round"] != round_index] + [summary]
         with self._state_errors(round_index):
             self._write_summaries()
-        logged = {
-            f"round/{name}": float(value)
-            for name, value in summary.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
-        }
-        self.log(logged)
+        self._log_numbers({name: value for name, value in summary.items() if name not in ("train", "eval")})
         self._say(self._round_line(round_index, summary))
+
+    def _log_numbers(self, values: dict[str, Any]) -> None:
+        """Give a round's numbers to the loggers, as `round/name`, nested ones as `round/name/inner`."""
+        logged: dict[str, float] = {}
+
+        def collect(prefix: str, value: Any) -> None:
+            if isinstance(value, dict):
+                for name, inner in value.items():
+                    collect(f"{prefix}/{name}", inner)
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                logged[prefix] = float(value)
+
+        collect("round", values)
+        self.log(logged)
 
     def _logged_in(self, round_index: int) -> dict[str, Any]:
         """The last training log and the last evaluation of a round."""

@@ -1,0 +1,221 @@
+"""
+Sampling from the policy with transformers, batch by batch: which prompts make a batch, and what a batch is seeded
+with, do not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """The distribution that is sampled from, completely: nothing is taken from the checkpoint's own settings."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float | None
+    repetition_penalty: float
+    max_completion_length: int
+    stop_token_ids: tuple[int, ...]
+    pad_token_id: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "stop_token_ids": list(self.stop_token_ids)}
+
+    def processors(self) -> LogitsProcessorList:
+        """In the order in which transformers applies them."""
+        found: list[LogitsProcessor] = []
+        if self.repetition_penalty != 1:
+            found.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+        if self.temperature != 1:
+            found.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k > 0:
+            found.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            found.append(TopPLogitsWarper(self.top_p))
+        if self.min_p is not None:
+            found.append(MinPLogitsWarper(self.min_p))
+        return LogitsProcessorList(found)
+
+
+def stop_tokens(tokenizer: Any, model: Any) -> tuple[int, ...]:
+    """
+    Where a completion ends: the tokenizer's EOS and whatever the model's generation config calls one. A chat model may
+    end its turns with another token than its tokenizer's EOS; that is a property of the model, not a setting.
+    """
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = {tokenizer.eos_token_id, *(named if isinstance(named, (list, tuple)) else [named])}
+    return tuple(sorted(int(token) for token in found if token is not None))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that are sampled together: their positions among the round's prompts, and the batch's seed."""
+
+    index: int
+    positions: tuple[int, ...]
+    seed: int
+
+
+def plan_batches(
+    lengths: Sequence[int], positions: Sequence[int], batch_prompts: int, first: int, seed: int, purpose: str
+) -> list[Batch]:
+    """
+    Batches of prompts of similar length.
+
+    Args:
+        lengths: tokens of every prompt, by position.
+        positions: the prompts to sample for.
+        batch_prompts: prompts a batch.
+        first: index of the first batch.
+        seed: the run's seed.
+        purpose: what the batches are for, such as the round; it sets their seeds apart.
+    """
+    order = sorted(positions, key=lambda position: (lengths[position], position))
+    chunks = [order[start : start + batch_prompts] for start in range(0, len(order), batch_prompts)]
+    return [Batch(first + i, tuple(chunk), batch_seed(seed, purpose, first + i)) for i, chunk in enumerate(chunks)]
+
+
+def batch_seed(seed: int, purpose: str, index: int) -> int:
+    """A seed for one batch, from the run's seed, the batch's purpose and its index."""
+    return xxhash.xxh3_64_intdigest(f"{seed} {purpose} {index}".encode()) % 2**31
+
+
+@dataclass
+class Completion:
+    """One sampled response: its tokens, stop token included, and the log-probability of sampling them, in nats."""
+
+    ids: list[int]
+    logp: float
+    cut: bool
+
+
+class _Recorder(LogitsProcessor):
+    """
+    Last in the list: keeps each sampled token's log-probability under the distribution as it was sampled from, without
+    keeping the distributions.
+    """
+
+    def __init__(self) -> None:
+        self.logps: list[Tensor] = []
+        self._scores: Tensor | None = None
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self._record(input_ids[:, -1])
+        self._scores = scores
+        return scores
+
+    def _record(self, tokens: Tensor) -> None:
+        if self._scores is not None:
+            chosen = self._scores.gather(1, tokens[:, None]).squeeze(1)
+            self.logps.append(chosen - self._scores.logsumexp(dim=1))
+
+    def finish(self, sequences: Tensor) -> Tensor:
+        """Log-probabilities of all sampled tokens, (sequences, steps); anything after a sequence's end is not one."""
+        if self._scores is not None:
+            self._record(sequences[:, -1])
+        return torch.stack(self.logps, dim=1)
+
+
+class TransformersSampler:
+    """
+    Samples with `model.generate`.
+
+    Args:
+        model: the policy, unwrapped, in eval mode.
+        settings: what to sample from.
+        autocast: makes the context that training runs its forward passes in.
+    """
+
+    def __init__(self, model: Any, settings: SamplingSettings, autocast: Any = nullcontext):
+        self.model = model
+        self.settings = settings
+        self._autocast = autocast
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[Sequence[int]], num: int, seed: int) -> list[list[Completion]]:
+        """
+        `num` completions of each prompt. The same arguments give the same completions, on the same machine.
+
+        Args:
+            prompts: token ids.
+            num: completions a prompt.
+            seed: of the batch; the random numbers of the caller are left alone.
+        """
+        device = self.model.device
+        longest = max(len(ids) for ids in prompts)
+        pad = self.settings.pad_token_id
+        input_ids = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+        recorder = _Recorder()
+        config = GenerationConfig(
+            do_sample=True,
+            # The processors below do the rest; these are the values that transformers takes for "off".
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            max_new_tokens=self.settings.max_completion_length,
+            num_return_sequences=num,
+            eos_token_id=list(self.settings.stop_token_ids),
+            pad_token_id=pad,
+            use_cache=True,
+        )
+        cuda = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda), self._own_settings(config), self._autocast():
+            torch.manual_seed(seed)
+            sequences = self.model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([*self.settings.processors(), recorder]),
+            )
+        sampled = sequences[:, longest:]
+        return _split(sampled, recorder.finish(sequences)[:, : sampled.shape[1]], self.settings.stop_token_ids, num)
+
+    def _own_settings(self, config: GenerationConfig) -> AbstractContextManager[None]:
+        """transformers fills whatever a config leaves open from the model's own: there is none meanwhile."""
+
+        @contextmanager
+        def swapped() -> Any:
+            kept = self.model.generation_config
+            self.model.generation_config = config
+            try:
+                yield
+            finally:
+                self.model.generation_config = kept
+
+        return swapped()
+
+
+def _split(sampled: Tensor, logps: Tensor, stop: Sequence[int], num: int) -> list[list[Completion]]:
+    """Cut every sequence after its first stop token, and sum the log-probabilities of what is left."""
+    stops = torch.isin(sampled, torch.tensor(list(stop), device=sampled.device, dtype=sampled.dtype))
+    steps = sampled.shape[1]
+    ended = stops.any(dim=1)
+    lengths = torch.where(ended, stops.int().argmax(dim=1) + 1, steps)
+    kept = torch.arange(steps, device=sampled.device)[None, :] < lengths[:, None]
+    sums = torch.where(kept, logps.double(), 0.0).sum(dim=1).tolist()
+    rows = [
+        Completion(ids[:length], total, not has_ended)
+        for ids, length, total, has_ended in zip(sampled.tolist(), lengths.tolist(), sums, ended.tolist(), strict=True)
+    ]
+    return [rows[start : start + num] for start in range(0, len(rows), num)]

@@ -1,0 +1,851 @@
+"""
+Rounds whose rows are sampled from their own policy: a mixin between the rounds and a method's trainer.
+
+A round's phases are: sample, judge, finish. Each leaves its batches on disk as it goes (`store.py`), so that a run
+which was killed goes on with the batch it was at.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import xxhash
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from .._compat import _tokenize
+from ..errors import ConfigurationError
+from ..rounds.state import ROUNDS_DIR, RoundFolder
+from ..rounds.trainer import RoundsTrainer, rows_fingerprint
+from .config import EXTERNAL
+from .judges import Ranker, Rewards, public_name
+from .labels import WaitingForLabels, label_rows, read_labels
+from .pairs import best_and_worst, combine, distinct_bigrams, mean_and_error
+from .sampling import Batch, SamplingSettings, TransformersSampler, batch_seed, plan_batches, stop_tokens
+from .store import LABELS, RolloutStore
+
+
+logger = logging.get_logger(__name__)
+
+# A replacement for prompts without a pair expects at least this share of pairs, so that it samples at most so many
+# times what is missing at once.
+_LEAST_PAIR_RATE = 0.1
+# After so many prompts without a single pair no further ones are sampled: whatever judges does not tell them apart.
+_HOPELESS = 64
+_TEXT_COLUMNS = {"prompt", "completion", "completions", "completion_ids", "prompt_ids"}
+
+
+@dataclass
+class _Task:
+    """What to sample and judge."""
+
+    store: RolloutStore
+    prompts: Any
+    order: Sequence[int]
+    wanted: int | None
+    num_generations: int
+    judge: Rewards | Ranker | str | None
+    purpose: str
+    where: str
+
+
+class RolloutsTrainer(RoundsTrainer):
+    """
+    Mixin for a trainer in rounds whose config is a [`SamplingConfig`] too. A `train_dataset` of prompts alone is
+    sampled from in every round; what a method makes of the judged completions is `_rows_of_rollouts`.
+
+    Args:
+        reward_funcs: as for [`~trl.GRPOTrainer`]: a function, a model, a model's id, or a list of them.
+        reward_processing_classes: as for [`~trl.GRPOTrainer`].
+        ranker: instead of rewards, a function that orders a prompt's completions ([`Ranker`]), or `"external"`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        reward_funcs: Any = None,
+        reward_processing_classes: Any = None,
+        ranker: Any = None,
+        **kwargs: Any,
+    ):
+        self._judge: Rewards | Ranker | str | None = None
+        self._given_judges = (reward_funcs, reward_processing_classes, ranker)
+        self._prompts_digest: str | None = None
+        super().__init__(*args, **kwargs)
+
+    # ---- Checks, before any weights load ----
+
+    def _check_arguments(self, given: dict[str, Any], config: Any) -> None:
+        super()._check_arguments(given, config)
+        reward_funcs, processing_classes, ranker = self._given_judges
+        for name, value in (("reward_funcs", reward_funcs), ("ranker", ranker)):
+            if value is not None and getattr(config, name) is not None:
+                logger.warning(f"`{name}` is given to the trainer and in its config; the trainer's is used.")
+        if reward_funcs is None:
+            reward_funcs = config.reward_funcs if ranker is None else None
+        if ranker is None:
+            ranker = config.ranker if self._given_judges[0] is None else None
+        if isinstance(reward_funcs, (list, tuple)) and not reward_funcs:
+            reward_funcs = None
+        if reward_funcs is not None and ranker is not None:
+            raise ConfigurationError(
+                "`reward_funcs` and `ranker` are both given, but a pair is chosen by one of them: leave one away."
+            )
+        train, named = given.get("train_dataset"), _named(given.get("eval_dataset"))
+        self._makes_rows = is_prompts(train)
+        evaluated = [name for name, dataset in named.items() if is_prompts(dataset)]
+        if not self._makes_rows and not evaluated:
+            for name, value in (("reward_funcs", reward_funcs), ("ranker", ranker)):
+                if value is not None:
+                    raise ConfigurationError(
+                        f"`{name}` is given, but `train_dataset` holds preference pairs, which need no judge: leave "
+                        "it "
+                        "away, or pass prompts alone (a column `prompt` without `chosen` and `rejected`)."
+                    )
+            return
+        if self._makes_rows:
+            self._check_single_round(config)
+        what = "`train_dataset`" if self._makes_rows else "`eval_dataset`"
+        if reward_funcs is None and ranker is None:
+            raise ConfigurationError(
+                f"{what} holds prompts alone, so completions are sampled, but nothing judges them: give "
+                "`reward_funcs` or `ranker`."
+            )
+        self._check_prompts(train, named, config)
+        if ranker is not None:
+            self._judge = EXTERNAL if ranker == EXTERNAL else Ranker(ranker)
+        else:
+            self._judge = Rewards(
+                reward_funcs, processing_classes, config.reward_weights, bool(config.trust_remote_code)
+            )
+        if self._judge == EXTERNAL and config.save_only_model:
+            raise ConfigurationError(
+                "`save_only_model=True` leaves nothing to go on from, but `ranker='external'` stops the run in every "
+                "round: leave one away."
+            )
+
+    def _check_prompts(self, train: Any, named: dict[str, Any], config: Any) -> None:
+        sets = {f"eval_dataset {name!r}": dataset for name, dataset in named.items()} | {"train_dataset": train}
+        for name, dataset in sets.items():
+            if not is_prompts(dataset):
+                continue
+            found = {"image", "images", "tools"} & set(dataset.column_names)
+            if found:
+                raise ConfigurationError(
+                    f"`{name}` has the column `{sorted(found)[0]}`, but images and tool calls cannot be sampled with "
+                    "so far: use text prompts."
+                )
+        if config.max_length is not None and config.max_completion_length >= config.max_length:
+            raise ConfigurationError(
+                f"`max_completion_length` is {config.max_completion_length}, but prompt and completion together are "
+                f"cut at `max_length`, which is {config.max_length}: lower the one or raise the other."
+            )
+        if not self._makes_rows or not isinstance(train, datasets.Dataset):
+            return
+        share = len(train) // config.num_rounds if config.round_data == "split" else len(train)
+        if config.prompts_per_round is not None and config.prompts_per_round > share:
+            raise ConfigurationError(
+                f"`prompts_per_round` is {config.prompts_per_round}, but a round has {share} prompts "
+                f"({len(train)} in all, `round_data={config.round_data!r}`): use fewer, more prompts, or "
+                "`round_data='reuse'`."
+            )
+
+    def _planned_rows(self, available: int) -> int:
+        wanted = self.args.prompts_per_round
+        return super()._planned_rows(available) if not self._makes_rows or wanted is None else min(wanted, available)
+
+    def _comparable_configuration(self, config: Any) -> dict[str, Any]:
+        fields = super()._comparable_configuration(config)
+        if fields.get("reward_funcs"):
+            fields["reward_funcs"] = [public_name(name) for name in fields["reward_funcs"]]
+        if fields.get("ranker"):
+            fields["ranker"] = public_name(fields["ranker"])
+        return fields
+
+    # ---- Prompts ----
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str, **kwargs: Any
+    ) -> Any:
+        if not is_prompts(dataset):
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name, **kwargs)
+        return self._prepare_prompts(dataset, processing_class, args, dataset_name)
+
+    def _prepare_prompts(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        """Prompts with `prompt_ids`, tokenised as the parent tokenises the prompts of pairs."""
+        if "prompt_ids" in dataset.column_names:
+            return dataset
+        for row in dataset.select_columns(["prompt"]):
+            _check_prompt(row["prompt"], dataset_name)
+
+        def tokenize(example: dict[str, Any], processing_class: Any) -> dict[str, Any]:
+            prompt = example["prompt"]
+            extra = dict(example.get("chat_template_kwargs") or {})
+            if isinstance(prompt, list):
+                extra["add_generation_prompt"] = True
+            return {"prompt_ids": list(_tokenize(processing_class, prompt, **extra)["input_ids"])}
+
+        before = len(dataset)
+        dataset = dataset.map(
+            tokenize,
+            fn_kwargs={"processing_class": processing_class},
+            num_proc=args.dataset_num_proc,
+            desc=f"Tokenizing {dataset_name} prompts",
+        )
+        lengths = np.array([len(ids) for ids in dataset["prompt_ids"]])
+        fits = lengths > 0
+        if args.max_length is not None and dataset_name == "train":
+            fits &= lengths < args.max_length
+            cut = int((fits & (lengths + args.max_completion_length > args.max_length)).sum())
+            if cut:
+                logger.warning(
+                    f"{cut} of {before} prompts leave less room below `max_length` ({args.max_length}) than "
+                    f"`max_completion_length` ({args.max_completion_length}): their completions may be cut for "
+                    "training."
+                )
+        if not fits.all():
+            dataset = dataset.select(np.flatnonzero(fits))
+            logger.warning(
+                f"{before - len(dataset)} of {before} {dataset_name} prompts are left out: they are empty, or fill "
+                f"`max_length` ({args.max_length}) alone."
+            )
+        if len(dataset) == 0:
+            raise ConfigurationError(
+                f"no prompt of the {dataset_name} set can be sampled for: they are empty or too long."
+            )
+        return dataset
+
+    def _start_run(self, checkpoint: Path | None) -> None:
+        super()._start_run(checkpoint)
+        if not self._makes_rows:
+            return
+        if self.round_data_builder is not None:
+            raise ConfigurationError(
+                "`round_data_builder` is set, but `train_dataset` holds prompts to sample for: use one of the two."
+            )
+        wanted = self.args.prompts_per_round
+        available = len(self._folds[0]) if self._folds else len(self._prepared_train_dataset)
+        if wanted is not None and wanted > available:
+            raise ConfigurationError(
+                f"`prompts_per_round` is {wanted}, but a round has {available} prompts, once equal ones are kept "
+                "together and those that do not fit are left out: use fewer."
+            )
+        self._prompts_digest = rows_fingerprint(self._prepared_train_dataset)
+        manifest = self._checkpoint_manifest(checkpoint) if checkpoint is not None else None
+        if manifest is not None and manifest.get("prompts", self._prompts_digest) != self._prompts_digest:
+            raise ConfigurationError(
+                "`train_dataset` does not hold the prompts of the run that is resumed: pass those, or use another "
+                "`output_dir`."
+            )
+
+    def _state_content(self, round_index: int) -> dict[str, Any]:
+        content = super()._state_content(round_index)
+        return content | {"prompts": self._prompts_digest} if self._prompts_digest else content
+
+    # ---- A round's rows ----
+
+    def _rows_of_rollouts(self, rollouts: list[dict[str, Any]], planned: int) -> Any:
+        """
+        The training rows of a round, a `datasets.Dataset`; a method's own.
+
+        Args:
+            rollouts: a row a prompt, as on disk.
+            planned: rows that the round has room for.
+        """
+        raise NotImplementedError
+
+    def _round_builder(self, round_index: int) -> Any:
+        if not self._makes_rows:
+            return super()._round_builder(round_index)
+        return lambda folder: self._sampled_rows(round_index, folder)
+
+    def _sampled_rows(self, round_index: int, folder: RoundFolder) -> tuple[Any, dict[str, Any]]:
+        """Sample, judge, and make rows; and what the manifest keeps of it."""
+        assert self._rows is not None
+        prompts = self._prepared_train_dataset
+        positions = list(self._folds[round_index % len(self._folds)] if self._folds else range(len(prompts)))
+        # In an order of the round's own: the first of them are sampled for, the others stand in where needed.
+        order = np.random.default_rng(batch_seed(self.args.seed, f"order {round_index}", 0)).permutation(positions)
+        task = _Task(
+            store=self._store(
+                f"round-{round_index:04d}",
+                {
+                    "policy": str(folder.whole_manifest()["policy"]),
+                    "prompts": self._prompts_digest,
+                    "order": xxhash.xxh3_64_hexdigest(order.astype("<i8").tobytes()),
+                    "wanted": len(self._rows),
+                },
+                self.args.num_generations,
+                self._judge,
+                f"Round {round_index + 1}",
+            ),
+            prompts=prompts,
+            order=[int(position) for position in order],
+            wanted=len(self._rows),
+            num_generations=self.args.num_generations,
+            judge=self._judge,
+            purpose=f"round {round_index}",
+            where=f"Round {round_index + 1}",
+        )
+        statistics = self._collect(task)
+        rows = self._rows_of_rollouts(task.store.table().to_pylist(), len(self._rows))
+        return rows, {"rollouts": statistics}
+
+    def _store(
+        self, name: str, belongs_to: dict[str, Any], num_generations: int, judge: Any, where: str
+    ) -> RolloutStore:
+        described = {"ranker": EXTERNAL} if judge == EXTERNAL else (judge.to_dict() if judge is not None else {})
+        description = {
+            **belongs_to,
+            **described,
+            "sampling": self._sampling_settings().to_dict(),
+            "num_generations": num_generations,
+            "batch_prompts": self._batch_prompts(num_generations),
+            "seed": self.args.seed,
+        }
+        return RolloutStore(
+            self._output_dir / ROUNDS_DIR / "rollouts" / name,
+            description,
+            write=self.args.should_save,
+            barrier=self.accelerator.wait_for_everyone,
+            name=where,
+        )
+
+    def _batch_prompts(self, num_generations: int) -> int:
+        """Prompts a batch: as many completions at a time, however many each prompt has."""
+        return max(self.args.batch_prompts * self.args.num_generations // num_generations, 1)
+
+    def _sampling_settings(self) -> SamplingSettings:
+        args, tokenizer = self.args, self._text_tokenizer()
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return SamplingSettings(
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            max_completion_length=args.max_completion_length,
+            stop_token_ids=stop_tokens(tokenizer, self.accelerator.unwrap_model(self.model)),
+            pad_token_id=pad,
+        )
+
+    def _text_tokenizer(self) -> Any:
+        return getattr(self.processing_class, "tokenizer", self.processing_class)
+
+    # ---- Phases ----
+
+    def _collect(self, task: _Task) -> dict[str, Any]:
+        """Sample and judge until there are as many pairs as wanted, or no prompts left. Returns the statistics."""
+        store = task.store
+        with self._state_errors(max(self._round, 0)):
+            if store.open():
+                self._say(f"{task.where}: the rollouts on disk were of other weights and are sampled again.")
+            finished = store.finished()
+            self.accelerator.wait_for_everyone()
+            if finished is not None:
+                return dict(finished["statistics"])
+            lengths = [len(ids) for ids in task.prompts["prompt_ids"]]
+            rows: list[dict[str, Any]] = []
+            number_of_batches = taken = pairs = 0
+            size = len(task.order) if task.wanted is None else min(task.wanted, len(task.order))
+            while size:
+                wave = task.order[taken : taken + size]
+                batches = plan_batches(
+                    lengths,
+                    wave,
+                    self._batch_prompts(task.num_generations),
+                    number_of_batches,
+                    self.args.seed,
+                    task.purpose,
+                )
+                number_of_batches, taken = number_of_batches + len(batches), taken + len(wave)
+                self._sample(task, batches)
+                rows.extend(self._judged(task, batches, wave))
+                pairs = sum(row["chosen"] is not None for row in rows)
+                size = self._replacements(task, pairs, taken)
+            statistics = self._statistics(task, rows, pairs)
+            if task.wanted is not None and pairs == 0:
+                self._refuse_no_pairs(task, rows)
+            store.finish(_table(task, rows), statistics)
+        return statistics
+
+    def _replacements(self, task: _Task, pairs: int, taken: int) -> int:
+        """How many further prompts to sample for."""
+        if task.wanted is None or task.judge == EXTERNAL or pairs >= task.wanted:
+            return 0
+        if pairs == 0 and taken >= _HOPELESS:
+            return 0
+        rate = max(pairs / taken, _LEAST_PAIR_RATE)
+        return min(math.ceil((task.wanted - pairs) / rate), len(task.order) - taken)
+
+    def _refuse_no_pairs(self, task: _Task, rows: list[dict[str, Any]]) -> None:
+        empty = sum(not any(row["completions"]) for row in rows)
+        why = (
+            f"every completion of {empty} of them is empty"
+            if empty == len(rows)
+            else f"all completions of a prompt are judged alike{f' or empty ({empty} prompts)' if empty else ''}"
+        )
+        name = getattr(task.judge, "name", None) or ", ".join(getattr(task.judge, "names", [])) or str(task.judge)
+        raise ConfigurationError(
+            f"{task.where}: not one pair out of {len(rows)} prompts, because {why} ({name}): there is nothing to "
+            "train on. Look at the rollouts and at what judges them, raise `temperature` or `num_generations`."
+        )
+
+    def _mine(self, batches: Iterable[Batch]) -> list[Batch]:
+        """The batches of this process: by index, so that every process agrees without asking."""
+        return [
+            batch
+            for batch in batches
+            if batch.index % self.accelerator.num_processes == self.accelerator.process_index
+        ]
+
+    def _progress(self, total: int, what: str) -> Any:
+        return tqdm(
+            total=total, desc=what, unit="prompt", disable=self.args.disable_tqdm or not self.is_world_process_zero()
+        )
+
+    def _sample(self, task: _Task, batches: list[Batch]) -> None:
+        """Sample the batches that are not on disk, each process its own."""
+        mine = self._mine(batches)
+        left = [batch for batch in mine if not task.store.has("samples", batch.index)]
+        if left:
+            tokenizer = self._text_tokenizer()
+            model = self.accelerator.unwrap_model(self.model)
+            sampler = TransformersSampler(model, self._sampling_settings(), self.accelerator.autocast)
+            tokens, begun = 0, time.monotonic()
+            with self._progress(sum(len(batch.positions) for batch in mine), f"{task.where}: sampling") as bar:
+                bar.update(sum(len(batch.positions) for batch in mine) - sum(len(batch.positions) for batch in left))
+                for batch in left:
+                    started = time.monotonic()
+                    prompts = [task.prompts[position]["prompt_ids"] for position in batch.positions]
+                    groups = sampler(prompts, task.num_generations, batch.seed)
+                    seconds = time.monotonic() - started
+                    rows = [
+                        {
+                            "position": position,
+                            "prompt_ids": list(ids),
+                            "completion_ids": [completion.ids for completion in group],
+                            "completions": [
+                                tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in group
+                            ],
+                            "logps": [completion.logp for completion in group],
+                            "cut": [completion.cut for completion in group],
+                            "batch": batch.index,
+                            "seed": batch.seed,
+                            "seconds": seconds,
+                        }
+                        for position, ids, group in zip(batch.positions, prompts, groups, strict=True)
+                    ]
+                    task.store.put("samples", batch.index, rows)
+                    tokens += sum(len(completion.ids) for group in groups for completion in group)
+                    bar.set_postfix_str(f"{tokens / (time.monotonic() - begun):.0f} tokens/s")
+                    bar.update(len(batch.positions))
+        self.accelerator.wait_for_everyone()
+
+    def _judged(self, task: _Task, batches: list[Batch], wave: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows of a wave with what was said of them, in the wave's order; the same on every process."""
+        samples = {row["position"]: row for batch in batches for row in task.store.get("samples", batch.index)}
+        rows = [samples[position] for position in wave]
+        for row in rows:
+            row.update(chosen=None, rejected=None, reward=None, rewards={}, extras={}, metrics={}, score_seconds=0.0)
+        if task.judge == EXTERNAL:
+            self._read_external(task, rows)
+        elif task.judge is not None:
+            self._ask(task, batches)
+            for batch in batches:
+                for scored in task.store.get("scores", batch.index):
+                    samples[scored.pop("position")].update(_unpacked(scored))
+        for row in rows:
+            if isinstance(task.judge, Rewards):
+                names, weights = task.judge.names, task.judge.weights
+                row["reward"] = [
+                    combine([row["rewards"][name][index] for name in names], weights)
+                    for index in range(task.num_generations)
+                ]
+                if task.wanted is not None:
+                    row["chosen"], row["rejected"] = best_and_worst(row["reward"]) or (None, None)
+            if row["chosen"] is not None:
+                chosen, rejected = (row["completion_ids"][row[name]] for name in ("chosen", "rejected"))
+                if chosen == rejected:
+                    # The same tokens, judged differently: no gradient would come of it.
+                    row["chosen"] = row["rejected"] = None
+        return rows
+
+    def _ask(self, task: _Task, batches: list[Batch]) -> None:
+        """Judge the batches that are not on disk, each process its own; each is stored as soon as it is answered."""
+        judge = task.judge
+        assert isinstance(judge, (Rewards, Ranker))
+        mine = self._mine(batches)
+        left = [batch for batch in mine if not task.store.has("scores", batch.index)]
+        if left:
+            begun = time.monotonic()
+            if isinstance(judge, Rewards):
+                with judge.loaded(self.accelerator.device):
+                    self._ask_about(task, mine, left, begun)
+            else:
+                self._ask_about(task, mine, left, begun)
+        self.accelerator.wait_for_everyone()
+
+    def _ask_about(self, task: _Task, mine: list[Batch], left: list[Batch], begun: float) -> None:
+        with self._progress(sum(len(batch.positions) for batch in mine), f"{task.where}: scoring") as bar:
+            bar.update(sum(len(batch.positions) for batch in mine) - sum(len(batch.positions) for batch in left))
+            for batch in left:
+                rows = self._answer(task, batch)
+                # What came before the first answer, such as loading a model, is part of the phase.
+                seconds, begun = time.monotonic() - begun, time.monotonic()
+                task.store.put("scores", batch.index, [{**row, "score_seconds": seconds} for row in rows])
+                bar.update(len(batch.positions))
+
+    def _answer(self, task: _Task, batch: Batch) -> list[dict[str, Any]]:
+        samples = task.store.get("samples", batch.index)
+        examples = [task.prompts[row["position"]] for row in samples]
+        conversational = isinstance(examples[0]["prompt"], list)
+        groups = [
+            [[{"role": "assistant", "content": text}] if conversational else text for text in row["completions"]]
+            for row in samples
+        ]
+        names = [name for name in task.prompts.column_names if name not in _TEXT_COLUMNS]
+        if isinstance(task.judge, Ranker):
+            columns = {name: [example[name] for example in examples] for name in names}
+            prompts = [example["prompt"] for example in examples]
+            orders = task.judge.judge(task.where, prompts, groups, columns)
+            return [
+                {
+                    "position": row["position"],
+                    "chosen": None if order is None else order[0],
+                    "rejected": None if order is None else order[1],
+                }
+                for row, order in zip(samples, orders, strict=True)
+            ]
+        assert isinstance(task.judge, Rewards)
+        repeated = [example for example in examples for _ in range(task.num_generations)]
+        judgement = task.judge.judge(
+            task.where,
+            [example["prompt"] for example in repeated],
+            [completion for group in groups for completion in group],
+            [ids for row in samples for ids in row["completion_ids"]],
+            {name: [example[name] for example in repeated] for name in names},
+            self.state,
+        )
+        rows = []
+        for index, row in enumerate(samples):
+            part = slice(index * task.num_generations, (index + 1) * task.num_generations)
+            rows.append(
+                {
+                    "position": row["position"],
+                    **{f"reward/{name}": values[part] for name, values in judgement.values.items()},
+                    **{f"extra/{name}": values[part] for name, values in judgement.extras.items()},
+                    **{f"metric/{name}": values if index == 0 else [] for name, values in judgement.metrics.items()},
+                }
+            )
+        return rows
+
+    def _read_external(self, task: _Task, rows: list[dict[str, Any]]) -> None:
+        """Labels that people or another machine have filled in; without them the run stops here."""
+        prompts = [task.prompts[row["position"]]["prompt"] for row in rows]
+        completions = [row["completions"] for row in rows]
+        filled = task.store.read_labels()
+        self.accelerator.wait_for_everyone()
+        labels = None
+        if filled is None:
+            task.store.write_labels(label_rows(prompts, completions))
+        else:
+            labels = read_labels(filled, prompts, completions, f"{task.where}, {LABELS}")
+        if labels is None:
+            message = (
+                f"{task.where}: {len(rows)} prompts are sampled and wait for labels. Fill in "
+                f"{task.store.folder / LABELS}: for every line either `rewards`, {task.num_generations} numbers, or "
+                "`chosen` and `rejected`, indices from 0 (both -1 for a tie). Then run the same command again with "
+                "`resume_from_checkpoint` set to 'last'."
+            )
+            self._say(message)
+            raise WaitingForLabels(message)
+        for row, (rewards, ends) in zip(rows, labels, strict=True):
+            row["chosen"], row["rejected"] = ends or (None, None)
+            if rewards is not None:
+                row["reward"], row["rewards"] = rewards, {EXTERNAL: rewards}
+
+    # ---- What is said of it ----
+
+    def _statistics(self, task: _Task, rows: list[dict[str, Any]], pairs: int) -> dict[str, Any]:
+        found = text_statistics(rows)
+        world = self.accelerator.num_processes
+        for key, name in (("seconds", "sample_seconds"), ("score_seconds", "score_seconds")):
+            by_batch = {row["batch"]: row[key] for row in rows}
+            # Processes work side by side: the phase took as long as the one with most to do.
+            shares = [sum(s for batch, s in by_batch.items() if batch % world == rank) for rank in range(world)]
+            found[name] = round(max(shares), 3)
+        found["tokens_per_second"] = round(found["tokens"] / max(found["sample_seconds"], 1e-9), 1)
+        rewarded = [row["reward"] for row in rows if row["reward"] is not None]
+        if rewarded:
+            found["reward_mean"] = mean_and_error([value for values in rewarded for value in values])[0]
+            found["reward_best"] = mean_and_error([max(values) for values in rewarded])[0]
+            found["reward_worst"] = mean_and_error([min(values) for values in rewarded])[0]
+            found["rewards"] = _by_function(rows)
+        metrics: dict[str, list[float]] = {}
+        for row in rows:
+            for name, values in row["metrics"].items():
+                metrics.setdefault(name, []).extend(values)
+        if metrics:
+            found["metrics"] = {name: mean_and_error(values)[0] for name, values in metrics.items() if values}
+        if task.wanted is not None:
+            used = min(pairs, task.wanted)
+            empty = sum(not any(row["completions"]) for row in rows)
+            found |= {"pairs": used, "ties": len(rows) - pairs, "repeated": task.wanted - used, "empty": empty}
+            if empty and pairs:
+                logger.warning(
+                    f"{task.where}: {empty} of {len(rows)} prompts got nothing but empty completions and are left out."
+                )
+        return found
+
+    # ---- Held-out prompts ----
+
+    def _heldout(self) -> dict[str, Any]:
+        """The evaluation sets of prompts, by name."""
+        return {name: dataset for name, dataset in _named(self.eval_dataset).items() if is_prompts(dataset)}
+
+    def _measure(self, which: str, round_index: int) -> dict[str, Any] | None:
+        """
+        Sample one completion for every held-out prompt from the live weights, and judge them.
+
+        Args:
+            which: `"start"`, `"iterate"` or `"extrapolated"`, of round `round_index`.
+
+        Returns:
+            Mean reward and its standard error, distinct bigrams, share cut, mean length; None without such prompts.
+        """
+        assert self._weights is not None
+        heldout = self._heldout()
+        if not heldout:
+            return None
+        policy = self._weights.fingerprint()
+        found: dict[str, Any] = {}
+        for name, prompts in heldout.items():
+            folder = f"heldout-{round_index:04d}-{which}" + (f"-{_safe(name)}" if name != "eval" else "")
+            where = f"Round {round_index + 1}, held-out prompts ({which}{'' if name == 'eval' else f', {name}'})"
+            measured = self._measure_set(prompts, policy, folder, where)
+            found |= measured if name == "eval" else {f"{name}_{key}": value for key, value in measured.items()}
+        return found
+
+    def _measure_set(self, prompts: Any, policy: str, folder: str, where: str) -> dict[str, Any]:
+        # People who label a round's pairs are not asked about held-out prompts, and a ranker has nothing to compare.
+        judge = self._judge if isinstance(self._judge, Rewards) else None
+        digest = rows_fingerprint(prompts)
+        task = _Task(
+            store=self._store(folder, {"policy": policy, "prompts": digest}, 1, judge, where),
+            prompts=prompts,
+            order=range(len(prompts)),
+            wanted=None,
+            num_generations=1,
+            judge=judge,
+            # The same seeds every time, so that two policies are compared on the same random numbers.
+            purpose="heldout",
+            where=where,
+        )
+        statistics = self._collect(task)
+        kept = ("prompts", "distinct_bigrams", "share_cut", "mean_length", "metrics")
+        found = {name: statistics[name] for name in kept if name in statistics}
+        if judge is not None:
+            rewards = [row["reward"][0] for row in task.store.table().to_pylist()]
+            found["reward"], found["reward_error"] = mean_and_error(rewards)
+            if len(judge.names) > 1:
+                found["rewards"] = statistics["rewards"]
+        return found
+
+    def _measure_iterate(self, round_index: int, summary: dict[str, Any]) -> None:
+        super()._measure_iterate(round_index, summary)
+        folder = RoundFolder(self._output_dir, round_index)
+        manifest = folder.manifest() or {}
+        rollouts = manifest.get("rollouts")
+        if rollouts:
+            summary |= {name: value for name, value in rollouts.items() if name not in ("metrics", "rewards")}
+            summary |= {name: rollouts[name] for name in ("metrics", "rewards") if name in rollouts}
+        if self._heldout():
+            if round_index == 0:
+                summary["heldout_start"] = manifest.get("heldout_start")
+            with self._own_random_numbers(round_index), self._evaluating():
+                summary["heldout_iterate"] = self._measure("iterate", round_index)
+            summary["heldout_extrapolated"] = None
+
+    def _after_weights(self, round_index: int, folder: RoundFolder) -> None:
+        super()._after_weights(round_index, folder)
+        if not self._heldout():
+            return
+        if round_index == 0:
+            self._add_to_manifest(folder, heldout_start=self._measure("start", 0))
+            return
+        self._note_extrapolated(round_index - 1, self._measure_extrapolated(round_index - 1, folder))
+        self._add_to_manifest(folder, summaries=self.round_summaries)
+
+    def _measure_extrapolated(self, round_index: int, folder: RoundFolder) -> dict[str, Any] | None:
+        manifest = folder.whole_manifest()
+        if manifest["policy"] == manifest["iterate"]:
+            return dict(self.round_summaries[-1]["heldout_iterate"])
+        return self._measure("extrapolated", round_index)
+
+    def _note_extrapolated(self, round_index: int, measured: dict[str, Any] | None) -> None:
+        """Complete the row of a round that is over with what its extrapolated policy does."""
+        for row in self.round_summaries:
+            if row["round"] == round_index:
+                row["heldout_extrapolated"] = measured
+                self._log_numbers({"heldout_extrapolated": measured})
+        with self._state_errors(round_index):
+            self._write_summaries()
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """
+        The parent's metrics on preference pairs. Prompts are sampled for and judged; inside training this happens at
+        the ends of rounds only, whatever `eval_strategy` says.
+        """
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(given, str):
+            given = self.eval_dataset[given]
+        if isinstance(given, dict) and any(is_prompts(dataset) for dataset in given.values()):
+            metrics: dict[str, float] = {}
+            for name, dataset in given.items():
+                metrics |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if not is_prompts(given):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.is_in_train:
+            return {}
+        prompts = self._prepare_prompts(given, self.processing_class, self.args, metric_key_prefix)
+        assert self._weights is not None
+        with self._evaluating():
+            measured = self._measure_set(
+                prompts, self._weights.fingerprint(), f"heldout-{_safe(metric_key_prefix)}", "Evaluation"
+            )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in _flat(measured).items()}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- A run that waits ----
+
+    def _on_step_end(self, control: Any) -> Any:
+        control = super()._on_step_end(control)
+        assert self._plan is not None
+        if self._judge == EXTERNAL and self._makes_rows and self.state.global_step in self._plan.starts[1:-1]:
+            # The next round stops for labels: it has to be possible to go on from here.
+            control.should_save = True
+        return control
+
+
+def is_prompts(dataset: Any) -> bool:
+    """Whether a dataset holds prompts alone, so that completions have to be sampled."""
+    columns = getattr(dataset, "column_names", None)
+    if not isinstance(columns, list):
+        return False
+    return "prompt" in columns and not {"chosen", "rejected", "chosen_ids", "rejected_ids"} & set(columns)
+
+
+def text_statistics(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is said of sampled text whatever its rewards: a reward is never shown alone."""
+    texts = [text for row in rows for text in row["completions"]]
+    lengths = [len(ids) for row in rows for ids in row["completion_ids"]]
+    cut = [flag for row in rows for flag in row["cut"]]
+    return {
+        "prompts": len(rows),
+        "samples": len(texts),
+        "tokens": sum(lengths),
+        "mean_length": mean_and_error(lengths)[0],
+        "share_cut": sum(cut) / len(cut),
+        "distinct_bigrams": distinct_bigrams(texts),
+    }
+
+
+def _named(evaluation: Any) -> dict[str, Any]:
+    if evaluation is None:
+        return {}
+    return dict(evaluation) if isinstance(evaluation, dict) else {"eval": evaluation}
+
+
+def _safe(name: str) -> str:
+    """A set's name as part of a folder's."""
+    plain = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name)
+    return plain if plain == name else f"{plain}-{xxhash.xxh3_64_hexdigest(name.encode())[:8]}"
+
+
+def _check_prompt(prompt: Any, dataset_name: str) -> None:
+    if isinstance(prompt, str):
+        return
+    if not isinstance(prompt, list) or not prompt or not isinstance(prompt[-1], dict):
+        raise ConfigurationError(
+            f"a prompt of the {dataset_name} set is of type {type(prompt).__name__}, but has to be text or a list of "
+            "messages."
+        )
+    if prompt[-1].get("role") == "assistant":
+        raise ConfigurationError(
+            f"a prompt of the {dataset_name} set ends with a message of the assistant, but its answer is what is "
+            "sampled: end prompts with the user's message."
+        )
+
+
+def _unpacked(scored: dict[str, Any]) -> dict[str, Any]:
+    """A row of scores with its values by name."""
+    found: dict[str, Any] = {"rewards": {}, "extras": {}, "metrics": {}}
+    kinds = {"reward": "rewards", "extra": "extras", "metric": "metrics"}
+    for name, value in scored.items():
+        kind, slash, rest = name.partition("/")
+        if slash:
+            found[kinds[kind]][rest] = value
+        else:
+            found[name] = value
+    return found
+
+
+def _by_function(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """The mean of each reward function over the completions that it applies to."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, values in row["rewards"].items():
+            found.setdefault(name, []).extend(value for value in values if value is not None)
+    return {name: mean_and_error(values)[0] if values else None for name, values in found.items()}
+
+
+def _flat(values: dict[str, Any]) -> dict[str, float]:
+    """The numbers of nested dicts, keys joined."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= {f"{name}_{key}": number for key, number in _flat(value).items()}
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[name] = float(value)
+    return found
+
+
+def _table(task: _Task, rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """The documented form: a row a prompt, in the order of the round."""
+    numbers, several = pa.list_(pa.float64()), pa.list_(pa.list_(pa.int32()))
+    columns: dict[str, pa.Array] = {
+        "prompt": pa.array([task.prompts[row["position"]]["prompt"] for row in rows]),
+        "row": pa.array([row["position"] for row in rows], pa.int64()),
+        "prompt_ids": pa.array([row["prompt_ids"] for row in rows], pa.list_(pa.int32())),
+        "completions": pa.array([row["completions"] for row in rows], pa.list_(pa.string())),
+        "completion_ids": pa.array([row["completion_ids"] for row in rows], several),
+        "logps": pa.array([row["logps"] for row in rows], numbers),
+        "cut": pa.array([row["cut"] for row in rows], pa.list_(pa.bool_())),
+        "reward": pa.array([row["reward"] for row in rows], numbers),
+        "chosen": pa.array([row["chosen"] for row in rows], pa.int32()),
+        "rejected": pa.array([row["rejected"] for row in rows], pa.int32()),
+        "batch": pa.array([row["batch"] for row in rows], pa.int32()),
+        "seed": pa.array([row["seed"] for row in rows], pa.int64()),
+    }
+    for name in dict.fromkeys(name for row in rows for name in row["rewards"]):
+        columns[f"reward_{name}"] = pa.array([row["rewards"].get(name) for row in rows], numbers)
+    for name in dict.fromkeys(name for row in rows for name in row["extras"]):
+        columns[f"extra_{name}"] = pa.array([row["extras"].get(name) for row in rows])
+    return pa.table(columns)
+
+
+__all__ = ["RolloutsTrainer", "WaitingForLabels", "is_prompts", "text_statistics"]
