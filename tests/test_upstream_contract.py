@@ -31,6 +31,7 @@ import trl_extras
 from tests import tiny
 from trl_extras import _compat
 from trl_extras.apo import APOConfig, APOTrainer
+from trl_extras.rollouts import RolloutsTrainer
 from trl_extras.rounds import RoundsTrainer, checkpoints, durable
 from trl_extras.rounds import config as rounds_config
 from trl_extras.rounds.state import ROUNDS_DIR, FullWeights
@@ -130,10 +131,12 @@ def test_our_names_hide_nothing_of_upstreams_by_accident() -> None:
             *_compat.OVERRIDDEN_TRAINER_METHODS, "create_optimizer", "create_scheduler", "save_model",
             "set_initial_training_values", "train", "training_step",
         },
+        RolloutsTrainer: {*_compat.OVERRIDDEN_DATA_METHODS, "evaluate"},
         APOTrainer: {*_compat.OVERRIDDEN_DPO_METHODS, "create_model_card", "_name", "_paper", "_tag_names"},
     }  # fmt: skip
     set_on_purpose = {
         RoundsTrainer: {"args", "train_dataset", "lr_scheduler"},
+        RolloutsTrainer: set(),
         APOTrainer: {*_compat.DPO_ATTRIBUTES, "eval_dataset"} - {"precompute_ref_logps"},
     }
     for ours, wanted in overridden.items():

@@ -18,13 +18,16 @@ TRAINER_STATE_NAME = "trainer_state.json"
 OVERRIDDEN_TRAINER_METHODS = ("_get_output_dir", "_save_checkpoint", "_push_from_checkpoint")
 # Called on a transformers.Trainer.
 CALLED_TRAINER_METHODS = ("_finish_current_push",)
-OVERRIDDEN_DPO_METHODS = ("_precompute_ref_logps", "_prepare_dataset")
+OVERRIDDEN_DPO_METHODS = ("_precompute_ref_logps",)
+# Overridden by the rollouts mixin, on any TRL trainer.
+OVERRIDDEN_DATA_METHODS = ("_prepare_dataset",)
 # Read or set on a DPOTrainer.
 DPO_ATTRIBUTES = ("beta", "ref_model", "precompute_ref_logps")
 
 __all__ = [
     "CALLED_TRAINER_METHODS",
     "DPO_ATTRIBUTES",
+    "OVERRIDDEN_DATA_METHODS",
     "OVERRIDDEN_DPO_METHODS",
     "OVERRIDDEN_TRAINER_METHODS",
     "PREFIX_CHECKPOINT_DIR",

@@ -20,10 +20,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from transformers.utils import logging
 
 from ..errors import ConfigurationError
 from ..rounds import durable
 
+
+logger = logging.get_logger(__name__)
 
 STORE_VERSION = 1
 TABLE = "rollouts.parquet"
@@ -41,11 +44,21 @@ class RolloutStore:
         write: whether this process writes what is written once.
         barrier: waits for all processes.
         name: what to call it in messages.
+        sources: a hash of each judging function's source, or None: an edit is no other configuration, but is told.
     """
 
-    def __init__(self, folder: Path, description: dict[str, Any], write: bool, barrier: Callable[[], None], name: str):
+    def __init__(
+        self,
+        folder: Path,
+        description: dict[str, Any],
+        write: bool,
+        barrier: Callable[[], None],
+        name: str,
+        sources: dict[str, str | None] | None = None,
+    ):
         self.folder = folder
         self.description = json.loads(json.dumps({"version": STORE_VERSION, **description}))
+        self.sources = sources or {}
         self.write = write
         self.barrier = barrier
         self.name = name
@@ -65,6 +78,7 @@ class RolloutStore:
         """
         removed = False
         found = self._found_description()
+        sources = found.pop("sources", {}) if found is not None else {}
         # All have looked before anyone writes.
         self.barrier()
         if found is not None and found != self.description:
@@ -86,9 +100,20 @@ class RolloutStore:
             durable.discard(self.folder)
             for part in ("samples", "scores"):
                 (self.folder / part).mkdir(parents=True, exist_ok=True)
-            durable.write_json(self.folder / _DESCRIPTION, self.description)
+            durable.write_json(self.folder / _DESCRIPTION, {**self.description, "sources": self.sources})
+        elif self.write:
+            self._tell_of_edits(sources)
         self.barrier()
         return removed
+
+    def _tell_of_edits(self, sources: dict[str, str | None]) -> None:
+        edited = [name for name, source in self.sources.items() if source and sources.get(name, source) != source]
+        if edited:
+            logger.warning(
+                f"{self.name}: {', '.join(edited)} has been edited since it answered for the rollouts on disk; what "
+                "it "
+                f"answered is kept. Remove {self._where()} to sample and ask again."
+            )
 
     def _found_description(self) -> dict[str, Any] | None:
         try:

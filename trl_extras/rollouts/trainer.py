@@ -172,12 +172,11 @@ class RolloutsTrainer(RoundsTrainer):
 
     # ---- Prompts ----
 
-    def _prepare_dataset(
-        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str, **kwargs: Any
-    ) -> Any:
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **named: Any) -> Any:
         if not is_prompts(dataset):
-            return super()._prepare_dataset(dataset, processing_class, args, dataset_name, **kwargs)
-        return self._prepare_prompts(dataset, processing_class, args, dataset_name)
+            return super()._prepare_dataset(dataset, processing_class, args, *rest, **named)
+        # SFTTrainer's method takes more than DPOTrainer's, but the set's name is the last in both.
+        return self._prepare_prompts(dataset, processing_class, args, named.get("dataset_name") or rest[-1])
 
     def _prepare_prompts(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         """Prompts with `prompt_ids`, tokenised as the parent tokenises the prompts of pairs."""
@@ -317,6 +316,7 @@ class RolloutsTrainer(RoundsTrainer):
             write=self.args.should_save,
             barrier=self.accelerator.wait_for_everyone,
             name=where,
+            sources=judge.sources() if isinstance(judge, (Rewards, Ranker)) else None,
         )
 
     def _batch_prompts(self, num_generations: int) -> int:

@@ -185,9 +185,13 @@ class RoundsTrainer(_Parent):
         """Rows of every round's epochs, if `available` belong to the round."""
         return available
 
+    def _stock_class(self) -> Any:
+        """The TRL class behind this one."""
+        return next(cls for cls in type(self).__mro__ if cls.__module__.startswith("trl."))
+
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The constructor's arguments by name, as the TRL class behind this one takes them."""
-        stock: Any = next(cls for cls in type(self).__mro__ if cls.__module__.startswith("trl."))
+        stock = self._stock_class()
         names = list(inspect.signature(stock.__init__).parameters)[1:]
         if len(args) > len(names) or set(names[: len(args)]) & kwargs.keys():
             raise TypeError(f"{type(self).__name__} takes the arguments of {stock.__name__}, each once: {names}.")
@@ -1003,7 +1007,7 @@ class RoundsTrainer(_Parent):
                 "`datasets.Dataset` with at least one row."
             )
         # SFTTrainer's method takes more than DPOTrainer's.
-        wanted = inspect.signature(self._prepare_dataset).parameters
+        wanted = inspect.signature(self._stock_class()._prepare_dataset).parameters
         offered = {
             "dataset": built,
             "processing_class": self.processing_class,
