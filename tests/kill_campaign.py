@@ -4,6 +4,7 @@ Kill small APO runs with SIGKILL at random instants of their training, resume th
 ```bash
 python tests/kill_campaign.py 60 --seed 0
 python tests/kill_campaign.py 8 --processes 2
+python tests/kill_campaign.py 40 --on-policy
 ```
 
 Each case is a tiny model and a configuration drawn at random. One run is left alone; a second one is killed, up to
@@ -16,6 +17,9 @@ four times, and resumed with `resume_from_checkpoint="True"` (or another spellin
 At the end of a case the weights, the logged losses, rates and gradient norms, `rounds.jsonl` (but for durations) and
 all weights on disk are those of the run left alone, to the bit, and the same files lie in the output folder: no
 leftovers.
+
+With `--on-policy` the runs sample their own rows (`kill_campaign_rollouts.py`): then the rollouts are the same too, to
+the byte, no finished phase is repeated, and the table has kills by phase.
 
 A process that has imported everything forks one child a life, because most of a small run is imports. The children
 wait at random at durable operations, upstream's `TrainerState.save_to_json` included, and wherever a file is made,
@@ -63,10 +67,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
 import torch
+from pyarrow import parquet
 from transformers import PreTrainedModel, TrainerState
 
+from tests import kill_campaign_rollouts as on_policy
 from tests import tiny
 from trl_extras import APOConfig, APOTrainer
+from trl_extras.rollouts.sampling import TransformersSampler
+from trl_extras.rollouts.store import RolloutStore
+from trl_extras.rollouts.trainer import RolloutsTrainer
 from trl_extras.rounds import checkpoints, durable
 from trl_extras.rounds.state import FullWeights
 from trl_extras.rounds.trainer import RoundsTrainer
@@ -103,6 +112,13 @@ LEVELS: tuple[tuple[tuple[Any, str, str], ...], ...] = (
         (TrainerState, "save_to_json", "trainer_state.json"),
         (APOTrainer, "_with_reference_logps", "reference log-probs"),
         (RoundsTrainer, "_write_summaries", "rounds.jsonl"),
+        (RoundsTrainer, "_add_to_manifest", "manifest of a round"),
+        (TransformersSampler, "__call__", "a batch is sampled"),
+        (RolloutsTrainer, "_answer", "a batch is judged"),
+        (RolloutStore, "put", "a batch is written"),
+        (RolloutStore, "open", "a set is opened"),
+        (parquet, "write_table", "a table is written"),
+        (datasets.Dataset, "to_parquet", "rows are written"),
     ),
 )
 # Whatever changes the file system inside these waits as well, so that there is time between any two such calls.
@@ -115,7 +131,18 @@ WAIT, WAIT_FILE, WAIT_STATE_FILE = 0.02, 0.004, 0.04
 class Status:
     """Numbers that a child leaves for its parent, in memory that outlives it."""
 
-    NAMES = ("training", "resumed_at", "announced", "step", "level0", "level1", "seen", "finished")
+    NAMES = (
+        "training",
+        "resumed_at",
+        "announced",
+        "step",
+        "level0",
+        "level1",
+        "seen",
+        "finished",
+        "phase",
+        "phases_seen",
+    )
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, 8 * len(self.NAMES))
@@ -204,20 +231,26 @@ def watch(status: Status, seed: int) -> None:
     RoundsTrainer._on_step_end = step_done  # type: ignore[method-assign]
 
 
-def live(case: Case, folder: Path, resume: Any) -> dict[str, Any]:
-    """One life of a run, to its end; what it ended with."""
+def make_trainer(case: Case, folder: Path) -> APOTrainer:
     settings = dict(case.settings)
     rows, has_reference = settings.pop("rows"), settings.pop("ref_model")
     data = tiny.make_pairs(rows)
     if case.processes > 1:
         # Of rows in memory every process has its own cache file, and upstream's reference log-probabilities are lost.
         data = datasets.load_from_disk(str(case.folder / "data"))
-    trainer = APOTrainer(
+    return APOTrainer(
         model=str(case.base),
         ref_model=tiny.make_model(seed=9) if has_reference else None,
         args=APOConfig(**tiny.arguments(folder, **settings)),
         train_dataset=data,
         processing_class=tiny.make_tokenizer(),
+    )
+
+
+def live(case: Case, folder: Path, resume: Any) -> dict[str, Any]:
+    """One life of a run, to its end; what it ended with."""
+    trainer = (
+        on_policy.make_trainer(case.base, folder, case.settings) if case.on_policy else make_trainer(case, folder)
     )
     trainer.train(resume_from_checkpoint=resume)
     weights = hashlib.sha256()
@@ -233,11 +266,11 @@ def live(case: Case, folder: Path, resume: Any) -> dict[str, Any]:
 
 
 def comparable(content: dict[str, Any]) -> dict[str, Any]:
-    """A row of `rounds.jsonl` without durations, and without TRL's count of tokens, which starts at 0 when resumed."""
+    """A row of `rounds.jsonl` without times and rates, and without TRL's count of tokens, which starts anew."""
     return {
         key: comparable(value) if isinstance(value, dict) else value
         for key, value in content.items()
-        if not re.search(r"_seconds$|^num_tokens$", key)
+        if not re.search(r"_seconds$|^tokens_per_second$|^num_tokens$", key)
     }
 
 
@@ -253,9 +286,11 @@ class Case:
     folder: Path
     settings: dict[str, Any]
     processes: int
+    on_policy: bool = False
     expected: dict[str, Any] = field(default_factory=dict)
     duration: float = 0.0
     operations: int = 0
+    phases: int = 0
     kills: list[tuple[str, list[str]]] = field(default_factory=list)
     lives: int = 0
 
@@ -292,6 +327,8 @@ class Life:
         self.folder = folder
         self.log = case.folder / f"life-{case.lives}.log"
         self.result = case.folder / f"life-{case.lives}.json"
+        self.done = case.folder / f"done-{folder.name}.jsonl"
+        self.on_policy = case.on_policy
         self.statuses = [Status() for _ in range(case.processes)]
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
@@ -320,6 +357,8 @@ class Life:
                     LOCAL_WORLD_SIZE=str(case.processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
                 )  # fmt: skip
             watch(self.statuses[rank], seed + rank)
+            if case.on_policy:
+                on_policy.watch(self.statuses[rank], self.done)
             found = live(case, self.folder, resume)
             if rank == 0:
                 self.result.write_text(json.dumps(found), encoding="utf-8")
@@ -361,6 +400,12 @@ class Life:
     def is_at(self, operation: int) -> bool:
         return self.status.level1 == operation
 
+    def where(self) -> str:
+        """What it was doing: its phase if it samples its own rows."""
+        if self.on_policy and self.status.training:
+            return on_policy.PHASES[self.status.phase]
+        return self.status.where()
+
     def kill(self, only: int | None = None) -> None:
         for pid, rank in list(self.running.items()):
             if only is None or rank == only:
@@ -386,11 +431,12 @@ def newest_checkpoint(folder: Path) -> int:
 
 
 def on_disk(folder: Path) -> dict[str, str | None]:
-    """Every file of an output folder, with a checksum where equal runs write equal bytes."""
-    return {
-        path.relative_to(folder).as_posix(): durable.checksum(path) if path.suffix == ".safetensors" else None
-        for path in durable.files_below(folder)
-    }
+    """All that an output folder holds, with a checksum for the files that equal runs write with equal bytes."""
+    found: dict[str, str | None] = {}
+    for path in folder.rglob("*"):
+        equal = path.suffix in (".safetensors", ".parquet") or path.name == "description.json"
+        found[path.relative_to(folder).as_posix()] = durable.checksum(path) if equal and path.is_file() else None
+    return found
 
 
 def problems_at_the_end(case: Case, folder: Path, found: dict[str, Any]) -> list[str]:
@@ -408,7 +454,7 @@ def problems_at_the_end(case: Case, folder: Path, found: dict[str, Any]) -> list
 
 def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
     """Run a configuration alone, then with kills; the kills and what was wrong after each are in `case.kills`."""
-    if case.processes > 1:
+    if case.processes > 1 and not case.on_policy:
         tiny.make_pairs(case.settings["rows"]).save_to_disk(case.folder / "data")
     alone = case.folder / "alone"
     life = Life(case, alone, None, draw.randrange(2**31))
@@ -418,9 +464,11 @@ def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
     # With its waits, as the lives to be killed have them.
     case.duration = time.monotonic() - begun
     case.expected["on_disk"], case.operations = on_disk(alone), life.status.seen
+    case.phases = life.status.phases_seen
     total = case.expected["rounds"][-1]["last_step"]
 
     folder = case.folder / "out"
+    ledger = on_policy.Ledger(folder, life.done.with_name("done-out.jsonl"), on_policy.tables(alone))
     wanted, resume, announced = 0, None, 0
     for kills in range(most_kills + 1):
         life = Life(case, folder, resume, draw.randrange(2**31))
@@ -428,8 +476,11 @@ def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
             life.wait_for_training()
             # What is left of the training, and the start of a resumed run, which can be killed as well.
             left = case.duration * max(1 - wanted / total, 0.15)
-            life.wait(lambda: False, draw.uniform(0, 0.85 * left))
-            if draw.random() < 0.6:
+            if not case.on_policy or draw.random() < 0.5:
+                life.wait(lambda: False, draw.uniform(0, 0.85 * left))
+            if case.on_policy and draw.random() < 0.7:
+                on_policy.wait_for_phase(life, case.phases, draw, left)
+            elif draw.random() < 0.6:
                 # Training takes most of the time, and of the operations some are rare: most kills wait for one that
                 # was drawn among all that this configuration has.
                 target = draw.choice([at + 1 for at in range(len(LEVELS[1])) if case.operations >> at & 1])
@@ -438,13 +489,13 @@ def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
         killed = bool(life.running) and kills < most_kills and not life.status.finished
         problems: list[str] = []
         if killed:
-            where = life.status.where()
+            where = life.where()
             if case.processes > 1 and draw.random() < 0.5:
                 # One alone; the others hang or fail until the launcher ends them.
                 life.kill(only=draw.randrange(case.processes))
                 life.wait(lambda: False, 0.3)
             life.kill()
-            case.kills.append((where if case.processes > 1 else life.status.where(), problems))
+            case.kills.append((where if case.processes > 1 else life.where(), problems))
         else:
             problems += problems_at_the_end(case, folder, life.finish())
         if life.status.resumed_at >= 0 and life.status.resumed_at != wanted:
@@ -455,6 +506,8 @@ def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
                 durable.verify(checkpoint)
             except durable.DamagedStateError as error:
                 problems.append(f"{checkpoint.name} is not complete: {error}")
+        if case.on_policy:
+            problems += ledger.problems(anew=not wanted)
         wanted = newest_checkpoint(folder)
         if wanted < announced:
             problems.append(f"checkpoint-{announced} was complete, but the newest is {wanted}")
@@ -485,6 +538,7 @@ def main() -> int:
     parser.add_argument("kills", type=int, metavar="N", help="how many kills")
     parser.add_argument("--seed", type=int, default=0, help="draws configurations and instants (default: 0)")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="processes of a run (default: 1)")
+    parser.add_argument("--on-policy", action="store_true", help="runs that sample their own rows")
     options = parser.parse_args()
     draw = random.Random(options.seed)
     hit: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
@@ -493,8 +547,9 @@ def main() -> int:
         tiny.save_model(work / "base")
         while done < options.kills:
             number += 1
-            settings = draw_settings(draw, options.processes)
-            case = Case(number, work / "base", work / f"case-{number}", settings, options.processes)
+            settings = (on_policy.draw_settings if options.on_policy else draw_settings)(draw, options.processes)
+            folder = work / f"case-{number}"
+            case = Case(number, work / "base", folder, settings, options.processes, options.on_policy)
             case.folder.mkdir()
             try:
                 run_case(case, draw, min(draw.randint(1, MOST_KILLS), options.kills - done))

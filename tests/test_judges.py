@@ -1,0 +1,318 @@
+"""Reward functions, models and rankers: names, conventions, and every wrong answer."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from tests import tiny
+from trl_extras.errors import ConfigurationError
+from trl_extras.rollouts.judges import JudgementError, Ranker, RewardError, Rewards, load_function, public_name
+
+
+def length(completions: list[str], **kwargs: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+async def slow_length(completions: list[str], **kwargs: Any) -> list[float]:
+    await asyncio.sleep(0.01)
+    return [float(len(text)) for text in completions]
+
+
+def judge(*sources: Any, weights: Any = None, columns: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    rewards = Rewards(list(sources), None, weights, trust_remote_code=False)
+    return rewards.judge("Round 2", ["p", "q"], ["a", "bbb"], [[5], [6, 7]], columns or {}, None)
+
+
+# ---- Names ----
+
+
+def test_names_given_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "my rewards.py"
+    file.write_text("def short(completions, **kw):\n    return [-len(c) for c in completions]\nvalue = 3\n")
+    assert load_function("reward_funcs", f"{file}:short")(completions=["ab"]) == [-2]
+    (tmp_path / "beside_the_run.py").write_text("class Judge:\n    @staticmethod\n    def score(**kw): return [1]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert load_function("reward_funcs", "beside_the_run:Judge.score")() == [1]
+    assert load_function("reward_funcs", "my rewards.py:short") is load_function("reward_funcs", f"{file}:short")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no_such_module_here:f", "no module 'no_such_module_here'"),
+        ("math:no_such_function", "has no 'no_such_function'"),
+        ("math:pi", "of type float and cannot be called"),
+        ("missing.py:f", "there is no file missing.py"),
+        ("broken.py:f", "running broken.py failed: ZeroDivisionError"),
+        ("imports_nothing.py:f", "No module named 'not_there_at_all'"),
+        (":f", "wants package.module:function"),
+        ("math:", "wants package.module:function"),
+    ],
+)
+def test_what_is_wrong_with_a_name_is_said(
+    name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "imports_nothing.py").write_text("import not_there_at_all\n")
+    with pytest.raises(ConfigurationError) as caught:
+        load_function("reward_funcs", name)
+    assert said in str(caught.value)
+    assert "`reward_funcs`" in str(caught.value)
+
+
+def test_importing_leaves_no_half_imported_file(tmp_path: Path) -> None:
+    file = tmp_path / "half.py"
+    file.write_text("x = 1\n1 / 0\n")
+    with pytest.raises(ConfigurationError):
+        load_function("ranker", f"{file}:f")
+    file.write_text("def f(): return 7\n")
+    assert load_function("ranker", f"{file}:f")() == 7
+
+
+def test_names_of_trl() -> None:
+    rewards = Rewards(["think_format_reward", "math.sqrt", "get_soft_overlong_punishment"], None, None, False)
+    assert rewards.names == ["think_format_reward", "sqrt", "soft_overlong_punishment"]
+
+
+def test_equal_names_are_told_apart() -> None:
+    assert Rewards([length, length], None, None, False).names == ["length", "length_2"]
+
+
+def test_names_without_folders() -> None:
+    assert public_name("/home/someone/rewards.py:f") == "rewards.py:f"
+    assert public_name("package.module:f") == "package.module:f"
+    assert public_name("/home/someone/reward-model") == "reward-model"
+    assert public_name("org/reward-model") == "org/reward-model"
+
+
+def test_a_model_that_is_not_there_is_refused_before_it_loads() -> None:
+    with pytest.raises(ConfigurationError, match="no-such-org/no-such-model"):
+        Rewards("no-such-org/no-such-model", None, None, False)
+
+
+@pytest.mark.parametrize("source", [3, object(), None])
+def test_something_else_is_no_reward(source: Any) -> None:
+    with pytest.raises(ConfigurationError, match="wants functions, models, or their names"):
+        Rewards([source], None, None, False)
+
+
+def test_lengths_have_to_agree() -> None:
+    with pytest.raises(ConfigurationError, match="`reward_weights` has 1 values, but `reward_funcs` has 2"):
+        Rewards([length, length], None, [1.0], False)
+    with pytest.raises(ConfigurationError, match="`reward_processing_classes` has 1 entries"):
+        Rewards([length, length], [tiny.make_tokenizer()], None, False)
+
+
+# ---- Functions ----
+
+
+def test_functions_get_what_trl_gives_them() -> None:
+    seen: dict[str, Any] = {}
+
+    def look(prompts: Any, completions: Any, completion_ids: Any, solution: Any, trainer_state: Any, **kw: Any) -> Any:
+        seen.update(kw, prompts=prompts, completions=completions, ids=completion_ids, solution=solution)
+        kw["log_extra"]("extracted", ["x", "y"])
+        kw["log_metric"]("accuracy", 0.5)
+        return [1, 2]
+
+    judgement = judge(look, columns={"solution": [4, 5]})
+    assert judgement.values == {"look": [1.0, 2.0]}
+    assert (seen["prompts"], seen["completions"], seen["ids"]) == (["p", "q"], ["a", "bbb"], [[5], [6, 7]])
+    assert seen["solution"] == [4, 5]
+    assert judgement.extras == {"extracted": ["x", "y"]}
+    assert judgement.metrics == {"accuracy": [0.5]}
+
+
+class AsyncJudge:
+    async def __call__(self, completions: list[str], **kwargs: Any) -> list[float]:
+        return await slow_length(completions)
+
+
+@pytest.mark.parametrize("function", [slow_length, AsyncJudge(), functools.partial(slow_length, unused=1)])
+def test_functions_may_be_async(function: Any) -> None:
+    names = Rewards([function], None, None, False).names
+    assert judge(function).values[names[0]] == [1.0, 3.0]
+    # In a notebook a loop is running already.
+
+    async def inside_a_loop() -> Any:
+        return judge(function).values[names[0]]
+
+    assert asyncio.run(inside_a_loop()) == [1.0, 3.0]
+
+
+def test_async_functions_run_side_by_side_in_one_loop() -> None:
+    """A client that holds on to the loop of its first call works in later batches too."""
+    loops, running, most = set(), 0, 0
+
+    async def one(completions: list[str], **kwargs: Any) -> list[float]:
+        nonlocal running, most
+        loops.add(id(asyncio.get_running_loop()))
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.05)
+        running -= 1
+        return [0.0] * len(completions)
+
+    for _ in range(2):
+        judge(one, functools.partial(one))
+    assert len(loops) == 1
+    assert most == 2
+
+
+def test_values_of_any_numeric_type() -> None:
+    assert judge(lambda completions, **kw: torch.tensor([1.5, 2.5])).values["<lambda>"] == [1.5, 2.5]
+    assert judge(lambda completions, **kw: np.array([1, 2])).values["<lambda>"] == [1.0, 2.0]
+    assert judge(lambda completions, **kw: (True, None), length).values["<lambda>"] == [1.0, None]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ([1.0], "returned 1 rewards for 2 completions"),
+        ([1.0, math.nan], "returned nan for completion 1"),
+        ([math.inf, 1.0], "returned inf for completion 0"),
+        ([1.0, "2"], "returned '2' \\(str\\) for completion 1"),
+        ([1.0, [2.0]], "returned \\[2.0\\] \\(list\\)"),
+        (1.0, "returned float, but has to return a list of 2 numbers"),
+        (None, "returned NoneType"),
+        ([None, 1.0], "no reward function applies to this completion"),
+    ],
+)
+def test_wrong_answers_name_round_and_function(answer: Any, said: str) -> None:
+    def mine(**kwargs: Any) -> Any:
+        return answer
+
+    async def mine_too(**kwargs: Any) -> Any:
+        return answer
+
+    for function in (mine, mine_too):
+        with pytest.raises(JudgementError, match=said) as caught:
+            judge(function)
+        assert "Round 2" in str(caught.value)
+        assert function.__name__ in str(caught.value)
+
+
+def test_an_exception_keeps_its_own_traceback() -> None:
+    def mine(**kwargs: Any) -> Any:
+        raise KeyError("the service is down")
+
+    async def mine_too(**kwargs: Any) -> Any:
+        raise KeyError("the service is down")
+
+    for function in (mine, mine_too):
+        with pytest.raises(RewardError, match=f"Round 2: reward function '{function.__name__}' raised KeyError") as caught:
+            judge(function)
+        assert isinstance(caught.value.__cause__, KeyError)
+        trace = caught.value.__cause__.__traceback__
+        names = []
+        while trace is not None:
+            names.append(trace.tb_frame.f_code.co_name)
+            trace = trace.tb_next
+        assert names[-1] == function.__name__
+
+
+# ---- Models ----
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "tiny-reward"
+    model = LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=len(tiny.WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, num_labels=1, pad_token_id=0,
+        )
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    tiny.make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def by_hand(model: Any, texts: list[str]) -> list[float]:
+    """One text at a time, unpadded: the logit at its last token."""
+    tokenizer = tiny.make_tokenizer()
+    with torch.no_grad():
+        return [model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, 0].item() for text in texts]
+
+
+def test_models_by_folder_and_loaded(reward_model: Path) -> None:
+    loaded = LlamaForSequenceClassification.from_pretrained(reward_model).eval()
+    prompts, completions = ["w1 w2 ", "w3 "], ["w4 w5 w6", "w7"]
+    expected = by_hand(loaded, [p + c for p, c in zip(prompts, completions, strict=True)])
+    for source in (str(reward_model), loaded):
+        rewards = Rewards(source, None, None, False)
+        assert rewards.names == ["tiny-reward"]
+        with rewards.loaded(torch.device("cpu")):
+            values = rewards.judge("Round 1", prompts, completions, [[1], [2]], {}, None).values["tiny-reward"]
+        assert values == pytest.approx(expected, abs=1e-6)
+    with rewards.loaded(torch.device("cpu")):
+        pass
+
+
+def test_a_model_by_name_is_there_for_its_phase_only(reward_model: Path) -> None:
+    rewards = Rewards([str(reward_model), length], None, None, False)
+    assert rewards.rewards[0].model is None
+    with rewards.loaded(torch.device("cpu")):
+        assert rewards.rewards[0].model is not None
+    assert rewards.rewards[0].model is None
+
+
+def test_models_read_conversations_by_their_own_template(reward_model: Path) -> None:
+    loaded = LlamaForSequenceClassification.from_pretrained(reward_model).eval()
+    rewards = Rewards(loaded, tiny.make_tokenizer(), None, False)
+    prompt, answer = [{"role": "user", "content": "w1 w2"}], [{"role": "assistant", "content": "w3"}]
+    with rewards.loaded(torch.device("cpu")):
+        values = rewards.judge("Round 1", [prompt], [answer], [[1]], {}, None).values["tiny-reward"]
+    assert values == pytest.approx(by_hand(loaded, ["<user> w1 w2 <bot> w3 "]), abs=1e-6)
+
+
+# ---- Rankers ----
+
+
+def test_a_ranker_gives_orders_or_ends() -> None:
+    def mine(prompts: Any, completions: Any, topic: Any, **kwargs: Any) -> Any:
+        assert (prompts, completions, topic) == (["p", "q", "r"], [["a", "b", "c"]] * 3, [1, 2, 3])
+        return [[2, 0, 1], (1, 0), None]
+
+    async def mine_too(**kwargs: Any) -> Any:
+        return mine(**kwargs)
+
+    for function in (mine, mine_too):
+        ranked = Ranker(function).judge("Round 1", ["p", "q", "r"], [["a", "b", "c"]] * 3, {"topic": [1, 2, 3]})
+        assert ranked == [(2, 1), (1, 0), None]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ([[0, 1]], "returned 1 orders for 2 prompts"),
+        ([[0], [0, 1]], "ordered 3 completions as \\[0\\]"),
+        ([[0, 0], [0, 1]], "from best to worst, each once"),
+        ([[0, 3], [0, 1]], "indices \\(0 to 2\\)"),
+        ([[0.5, 1], [0, 1]], "ordered 3 completions as \\[0.5, 1\\]"),
+        ([["a", "b"], [0, 1]], "ordered 3 completions"),
+        ([1, 0], "ordered 3 completions as 1"),
+        (5, "returned int"),
+    ],
+)
+def test_wrong_orders(answer: Any, said: str) -> None:
+    def mine(**kwargs: Any) -> Any:
+        return answer
+
+    with pytest.raises(JudgementError, match=said) as caught:
+        Ranker(mine).judge("Round 3", ["p", "q"], [["a", "b", "c"]] * 2, {})
+    assert "Round 3" in str(caught.value)
+    assert "'mine'" in str(caught.value)
