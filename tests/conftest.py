@@ -47,8 +47,13 @@ def make_apo(base: Path, tmp_path: Path) -> Callable[..., Any]:
     from trl_extras import APOConfig, APOTrainer
 
     def make(folder: str | Path = "out", *, model: Any = None, data: Any = None, **kwargs: Any) -> Any:
-        trainer_keys = ("ref_model", "eval_dataset", "callbacks", "optimizers", "peft_config")
+        trainer_keys = (
+            "ref_model", "eval_dataset", "callbacks", "optimizers", "peft_config", "reward_funcs",
+            "reward_processing_classes", "ranker",
+        )  # fmt: skip
         trainer_kwargs = {key: kwargs.pop(key) for key in trainer_keys if key in kwargs}
+        # The config's fields of the same names.
+        kwargs |= {key.removeprefix("config_"): kwargs.pop(key) for key in list(kwargs) if key.startswith("config_")}
         defaults = {"num_rounds": 3, "train_sampling_strategy": "sequential"}
         return APOTrainer(
             model=str(base) if model is None else model,

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from . import __version__
+from .rollouts.judges import public_name
 
 
 # Shown although they have their defaults, because they decide what a run does.
@@ -26,7 +27,13 @@ _COLUMNS = (
     ("round", "round"), ("alpha", "alpha"), ("beta", "beta"), ("epochs", "epochs"), ("last_step", "steps so far"),
     ("update_norm", "update norm"), ("momentum_norm", "momentum norm"), ("update_cosine", "cosine"),
     ("loss", "last loss"), ("rewards/accuracies", "accuracy"), ("rewards/margins", "margin"),
-    ("eval_loss", "eval loss"), ("eval_rewards/accuracies", "eval accuracy"), ("eval_rewards/margins", "eval margin"),
+    ("pairs", "pairs"), ("ties", "ties"), ("repeated", "repeated"), ("reward_mean", "reward of samples"),
+    ("reward_best", "best"), ("reward_worst", "worst"), ("share_cut", "share cut"),
+    ("distinct_bigrams", "distinct bigrams"), ("mean_length", "mean length"),
+    ("tokens_per_second", "tokens a second"), ("sample_seconds", "sampling, s"), ("score_seconds", "scoring, s"),
+    ("train_seconds", "training, s"), ("heldout_iterate", "held-out reward"),
+    ("heldout_bigrams", "held-out distinct bigrams"), ("heldout_cut", "held-out share cut"),
+    ("heldout_extrapolated", "held-out reward, extrapolated"), ("eval_loss", "eval loss"), ("eval_rewards/accuracies", "eval accuracy"), ("eval_rewards/margins", "eval margin"),
 )  # fmt: skip
 
 _TEMPLATE = """---
@@ -152,11 +159,26 @@ def round_table(summaries: list[dict[str, Any]]) -> str:
             **{f"eval_{k}": v for k, v in (summary.get("eval") or {}).items()},
             **summary,
         }
-        rows.append({**flat, "round": summary["round"] + 1})
+        rows.append({**flat, "round": summary["round"] + 1, **_heldout(summary)})
     columns = [(key, title) for key, title in _COLUMNS if any(row.get(key) is not None for row in rows)]
     lines = ["| " + " | ".join(title for _, title in columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(_cell(row.get(key)) for key, _ in columns) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def _heldout(summary: dict[str, Any]) -> dict[str, Any]:
+    """What held-out prompts showed, as cells: a reward is never shown without what it may have cost."""
+    iterate, extrapolated = summary.get("heldout_iterate") or {}, summary.get("heldout_extrapolated") or {}
+
+    def reward(measured: dict[str, Any]) -> str | None:
+        return f"{measured['reward']:.4g} ± {measured['reward_error']:.2g}" if "reward" in measured else None
+
+    return {
+        "heldout_iterate": reward(iterate),
+        "heldout_extrapolated": reward(extrapolated),
+        "heldout_bigrams": iterate.get("distinct_bigrams"),
+        "heldout_cut": iterate.get("share_cut"),
+    }
 
 
 def _cell(value: Any) -> str:
@@ -184,5 +206,11 @@ def _configuration(args: Any) -> dict[str, Any]:
         }
         if plain:
             shown["model_init_kwargs"] = plain
+    for name in ("reward_funcs", "ranker"):
+        # Files and folders of this machine, by their last part.
+        if isinstance(shown.get(name), list):
+            shown[name] = [public_name(str(item)) for item in shown[name]]
+        elif isinstance(shown.get(name), str):
+            shown[name] = public_name(shown[name])
     # "<NAME>" is what transformers shows in place of a secret.
     return {name: value for name, value in shown.items() if value is not None and not str(value).startswith("<")}

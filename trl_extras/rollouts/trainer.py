@@ -713,7 +713,9 @@ class RolloutsTrainer(RoundsTrainer):
         if isinstance(given, dict) and any(is_prompts(dataset) for dataset in given.values()):
             metrics: dict[str, float] = {}
             for name, dataset in given.items():
-                metrics |= self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
+                # The parent looks its own sets up by name, prepared as they are.
+                one = name if eval_dataset is None else dataset
+                metrics |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
         if not is_prompts(given):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
