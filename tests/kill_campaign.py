@@ -262,6 +262,8 @@ def live(case: Case, folder: Path, resume: Any) -> dict[str, Any]:
         "weights": weights.hexdigest(),
         "logs": [[entry.get(key) for key in keys] for entry in trainer.state.log_history if "loss" in entry],
         "rounds": [comparable(json.loads(line)) for line in lines],
+        # All that loggers get in a run, but for upstream's last line, which is about this life alone.
+        "log_history": [comparable(entry) for entry in trainer.state.log_history if "train_runtime" not in entry],
     }
 
 
@@ -270,7 +272,7 @@ def comparable(content: dict[str, Any]) -> dict[str, Any]:
     return {
         key: comparable(value) if isinstance(value, dict) else value
         for key, value in content.items()
-        if not re.search(r"_seconds$|^tokens_per_second$|^num_tokens$", key)
+        if not re.search(r"(^|/|_)(seconds|tokens_per_second|num_tokens)$", key)
     }
 
 
@@ -291,6 +293,8 @@ class Case:
     duration: float = 0.0
     operations: int = 0
     phases: int = 0
+    # Of the whole campaign, by what the run was doing.
+    hits: collections.Counter[str] = field(default_factory=collections.Counter)
     kills: list[tuple[str, list[str]]] = field(default_factory=list)
     lives: int = 0
 
@@ -476,10 +480,10 @@ def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
             life.wait_for_training()
             # What is left of the training, and the start of a resumed run, which can be killed as well.
             left = case.duration * max(1 - wanted / total, 0.15)
-            if not case.on_policy or draw.random() < 0.5:
+            if not case.on_policy or draw.random() < 0.4:
                 life.wait(lambda: False, draw.uniform(0, 0.85 * left))
             if case.on_policy and draw.random() < 0.7:
-                on_policy.wait_for_phase(life, case.phases, draw, left)
+                on_policy.wait_for_phase(life, case.phases, case.hits, draw, left)
             elif draw.random() < 0.6:
                 # Training takes most of the time, and of the operations some are rare: most kills wait for one that
                 # was drawn among all that this configuration has.
@@ -495,6 +499,7 @@ def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
                 life.kill(only=draw.randrange(case.processes))
                 life.wait(lambda: False, 0.3)
             life.kill()
+            case.hits[where] += 1
             case.kills.append((where if case.processes > 1 else life.where(), problems))
         else:
             problems += problems_at_the_end(case, folder, life.finish())
@@ -542,6 +547,7 @@ def main() -> int:
     options = parser.parse_args()
     draw = random.Random(options.seed)
     hit: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    hits: collections.Counter[str] = collections.Counter()
     begun, done, failed, number = time.monotonic(), 0, 0, 0
     with workspace() as work:
         tiny.save_model(work / "base")
@@ -549,7 +555,7 @@ def main() -> int:
             number += 1
             settings = (on_policy.draw_settings if options.on_policy else draw_settings)(draw, options.processes)
             folder = work / f"case-{number}"
-            case = Case(number, work / "base", folder, settings, options.processes, options.on_policy)
+            case = Case(number, work / "base", folder, settings, options.processes, options.on_policy, hits=hits)
             case.folder.mkdir()
             try:
                 run_case(case, draw, min(draw.randint(1, MOST_KILLS), options.kills - done))

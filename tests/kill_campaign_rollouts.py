@@ -22,6 +22,7 @@ import os
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -481,9 +482,13 @@ def tables(folder: Path) -> dict[str, str]:
     return {path.parent.name: durable.checksum(path) for path in (folder / ROUNDS_DIR / "rollouts").glob(f"*/{TABLE}")}
 
 
-def wait_for_phase(life: Any, seen: int, draw: random.Random, seconds: float) -> None:
-    """Wait until a run is in a phase that was drawn among those that such a run has, and a while longer."""
-    target = draw.choice([index for index in range(1, len(PHASES)) if seen >> index & 1])
+def wait_for_phase(life: Any, seen: int, hits: Counter[str], draw: random.Random, seconds: float) -> None:
+    """
+    Wait until a run is in a phase that was drawn among those that such a run has, rather one that few kills have hit,
+    and a while longer.
+    """
+    had = [index for index in range(1, len(PHASES)) if seen >> index & 1]
+    target = draw.choices(had, [1 / (1 + hits[PHASES[index]]) ** 2 for index in had])[0]
     life.wait(lambda: life.status.phase == target, seconds)
     end = time.monotonic() + draw.choice([0.0, draw.uniform(0, 0.03), draw.uniform(0, 0.15)])
     # Not beyond the end of the phase, which may be short.
