@@ -33,7 +33,8 @@ _COLUMNS = (
     ("tokens_per_second", "tokens a second"), ("sample_seconds", "sampling, s"), ("score_seconds", "scoring, s"),
     ("train_seconds", "training, s"), ("heldout_iterate", "held-out reward"),
     ("heldout_bigrams", "held-out distinct bigrams"), ("heldout_cut", "held-out share cut"),
-    ("heldout_extrapolated", "held-out reward, extrapolated"), ("eval_loss", "eval loss"), ("eval_rewards/accuracies", "eval accuracy"), ("eval_rewards/margins", "eval margin"),
+    ("heldout_extrapolated", "held-out reward, extrapolated"), ("eval_loss", "eval loss"), ("eval_rewards/accuracies",
+    "eval accuracy"), ("eval_rewards/margins", "eval margin"),
 )  # fmt: skip
 
 _TEMPLATE = """---
@@ -47,8 +48,9 @@ This model was trained by *accelerated* preference optimization
 [TRL](https://github.com/huggingface/trl) {{ trl_version }}.
 {{ origin }} {{ data }}
 
-In {{ rounds }} each, the policy is trained against a reference that is the policy the round started from; after a
-round the weights are extrapolated, `theta = iterate + alpha * (iterate - previous iterate)`. {{ output }}
+{{ sampled }}In {{ rounds }} each, the policy is trained against a reference that is the policy the round started
+from; after a round the weights are extrapolated, `theta = iterate + alpha * (iterate - previous iterate)`. {{ output
+}}
 
 ## Use
 
@@ -114,6 +116,7 @@ def build_card(
         tags=sorted(names),
         license=None,
     )
+    what = "prompts" if trainer._makes_rows else "preferences"
     rounds = f"{args.num_rounds} round" + ("s of" if args.num_rounds > 1 else " of")
     epochs = sorted(set(args.epochs_of_rounds())) if args.num_rounds > 1 else [args.num_train_epochs]
     span = f"{epochs[0]:g}" if len(epochs) == 1 else f"{epochs[0]:g} to {epochs[-1]:g}"
@@ -134,9 +137,10 @@ def build_card(
             if base_id
             else "It started from a model that is not on the Hub."
         ),
-        data=f"The preferences are [{dataset_name}](https://huggingface.co/datasets/{dataset_name})."
+        data=f"The {what} are [{dataset_name}](https://huggingface.co/datasets/{dataset_name})."
         if dataset_name
         else "",
+        sampled=_sampled(trainer),
         rounds=f"{rounds} {span} epoch{'' if span == '1' else 's'}",
         output=(
             "The output is the last iterate, not extrapolated."
@@ -164,6 +168,19 @@ def round_table(summaries: list[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(title for _, title in columns) + " |", "|" + " --- |" * len(columns)]
     lines += ["| " + " | ".join(_cell(row.get(key)) for key, _ in columns) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def _sampled(trainer: Any) -> str:
+    """How on-policy pairs were made, or nothing."""
+    judge = trainer.judged_by
+    if judge is None:
+        return ""
+    args = trainer.args
+    return (
+        f"Each round's pairs were sampled from the policy that the round started from: {args.num_generations} "
+        f"completions a prompt, best against worst, judged by {judge}. Rewards are means over sampled completions; "
+        "the held-out ones have their standard error beside them.\n\n"
+    )
 
 
 def _heldout(summary: dict[str, Any]) -> dict[str, Any]:
@@ -206,11 +223,11 @@ def _configuration(args: Any) -> dict[str, Any]:
         }
         if plain:
             shown["model_init_kwargs"] = plain
-    for name in ("reward_funcs", "ranker"):
-        # Files and folders of this machine, by their last part.
-        if isinstance(shown.get(name), list):
-            shown[name] = [public_name(str(item)) for item in shown[name]]
-        elif isinstance(shown.get(name), str):
-            shown[name] = public_name(shown[name])
+    # Files and folders of this machine, by their last part.
+    names, ranker = shown.get("reward_funcs"), shown.get("ranker")
+    if isinstance(names, list):
+        shown["reward_funcs"] = [public_name(str(name)) for name in names]
+    if isinstance(ranker, str):
+        shown["ranker"] = public_name(ranker)
     # "<NAME>" is what transformers shows in place of a secret.
     return {name: value for name, value in shown.items() if value is not None and not str(value).startswith("<")}

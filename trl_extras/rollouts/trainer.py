@@ -81,6 +81,19 @@ class RolloutsTrainer(RoundsTrainer):
         self._prompts_digest: str | None = None
         super().__init__(*args, **kwargs)
 
+    @property
+    def judged_by(self) -> str | None:
+        """What judges sampled completions, for people; None where the training set is one of pairs."""
+        if not self._makes_rows:
+            return None
+        if isinstance(self._judge, Rewards):
+            weights = self._judge.weights
+            return " + ".join(
+                f"`{name}`" if weight == 1 else f"{weight:g} `{name}`"
+                for name, weight in zip(self._judge.names, weights, strict=True)
+            )
+        return f"the ranker `{self._judge.name}`" if isinstance(self._judge, Ranker) else "labels from elsewhere"
+
     # ---- Checks, before any weights load ----
 
     def _check_arguments(self, given: dict[str, Any], config: Any) -> None:
@@ -653,6 +666,7 @@ class RolloutsTrainer(RoundsTrainer):
         statistics = self._collect(task)
         kept = ("prompts", "distinct_bigrams", "share_cut", "mean_length", "metrics")
         found = {name: statistics[name] for name in kept if name in statistics}
+        found["seconds"] = round(statistics["sample_seconds"] + statistics["score_seconds"], 3)
         if judge is not None:
             rewards = [row["reward"][0] for row in task.store.table().to_pylist()]
             found["reward"], found["reward_error"] = mean_and_error(rewards)

@@ -69,6 +69,8 @@ _FREE_PREFIXES = (
 
 
 _ROWS_FILE = "data.parquet"
+# What a boundary's time goes into; the last two are parts of the second.
+_BOUNDARY_PARTS = ("weights", "data", "rows", "reference")
 # What a user mends by making room or changing rights.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
 
@@ -131,7 +133,7 @@ class RoundsTrainer(_Parent):
         self._initial_groups: list[dict[str, Any]] = []
         self._weights: TrainableState | None = None
         self._round_started = self._run_started = 0.0
-        self._boundary_seconds = {"weights": 0.0, "data": 0.0}
+        self._boundary_seconds = dict.fromkeys(_BOUNDARY_PARTS, 0.0)
         self._run_started_step = 0
         # Before the parent moves defaults into the arguments, and before any weights load.
         self.args = config
@@ -763,14 +765,22 @@ class RoundsTrainer(_Parent):
         settled = time.monotonic()
         with self._own_random_numbers(round_index), self._evaluating():
             self._after_weights(round_index, folder)
+            looked = time.monotonic()
             rows = self._make_rows(round_index, folder)
+            made = time.monotonic()
             rows = self._prepare_round(round_index, rows, folder, restored=False)
+            prepared = time.monotonic()
         if self._rows is not None:
             self._rows.swap(rows)
         if round_index > 0 and self.args.should_save:
             durable.discard(previous.path)
         self._round_started = time.monotonic()
-        self._boundary_seconds = {"weights": settled - begun, "data": self._round_started - settled}
+        self._boundary_seconds = {
+            "weights": settled - begun,
+            "data": self._round_started - settled,
+            "rows": made - looked,
+            "reference": prepared - made,
+        }
 
     def _reenter_round(self, round_index: int) -> None:
         """
@@ -785,7 +795,7 @@ class RoundsTrainer(_Parent):
             if self._rows is not None:
                 self._rows.swap(rows)
         self._round_started = time.monotonic()
-        self._boundary_seconds = {"weights": 0.0, "data": 0.0}
+        self._boundary_seconds = dict.fromkeys(_BOUNDARY_PARTS, 0.0)
 
     @contextmanager
     def _own_random_numbers(self, round_index: int) -> Iterator[None]:
@@ -1076,7 +1086,7 @@ class RoundsTrainer(_Parent):
             summary |= self._weights.distances(folder.policy, folder.iterate, folder.previous_policy)
         now = time.monotonic()
         summary["train_seconds"] = round(now - self._round_started, 3) if self._round == round_index else None
-        for name in ("weights", "data"):
+        for name in _BOUNDARY_PARTS:
             # Unknown where the run has resumed at the round's end.
             known = self._round == round_index
             summary[f"boundary_{name}_seconds"] = round(self._boundary_seconds[name], 3) if known else None
