@@ -212,7 +212,9 @@ def test_an_exception_keeps_its_own_traceback() -> None:
         raise KeyError("the service is down")
 
     for function in (mine, mine_too):
-        with pytest.raises(RewardError, match=f"Round 2: reward function '{function.__name__}' raised KeyError") as caught:
+        with pytest.raises(
+            RewardError, match=f"Round 2: reward function '{function.__name__}' raised KeyError"
+        ) as caught:
             judge(function)
         assert isinstance(caught.value.__cause__, KeyError)
         trace = caught.value.__cause__.__traceback__

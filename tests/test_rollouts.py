@@ -464,8 +464,10 @@ def test_offline_rounds_can_be_measured_on_prompts(make_apo: Any) -> None:
 def test_evaluate_by_hand(make: Any) -> None:
     trainer = make()
     metrics = trainer.evaluate(make_prompts(5, seed=4))
+    # Another set, another time: nothing of the first is in the way.
+    assert trainer.evaluate(make_prompts(6, seed=5)) != metrics
     assert {"eval_reward", "eval_reward_error", "eval_distinct_bigrams", "eval_share_cut"} <= metrics.keys()
-    assert trainer.evaluate(make_prompts(5, seed=4)) == metrics
+    assert timeless(trainer.evaluate(make_prompts(5, seed=4))) == timeless(metrics)
 
 
 # ---- Resuming, phase by phase ----
@@ -575,6 +577,21 @@ def test_rollouts_of_another_configuration_are_refused(make: Any) -> None:
         make(reward_funcs=words).train()
     with pytest.raises(ConfigurationError, match=r"Round 1: the rollouts on disk .* have `(prompts|order)`"):
         make(data=make_prompts(24, seed=77)).train()
+
+
+def test_held_out_prompts_may_change(make: Any) -> None:
+    """They do not belong to the training: a run that goes on with others measures on those."""
+    make(eval_dataset=make_prompts(4, seed=4), save_strategy="epoch").train()
+    trainer = make(eval_dataset=make_prompts(5, seed=5), save_strategy="epoch", num_rounds=2)
+    trainer.train(resume_from_checkpoint="last")
+    assert trainer.round_summaries[-1]["heldout_iterate"]["prompts"] == 5
+
+
+def test_rollouts_of_a_longer_run_of_before_go(make: Any, tmp_path: Path) -> None:
+    make(num_rounds=3, round_data="reuse", eval_dataset=make_prompts(3, seed=4)).train()
+    make(num_rounds=1, round_data="reuse", eval_dataset=make_prompts(3, seed=4)).train()
+    left = {path.name for path in (tmp_path / "out" / "_rounds" / "rollouts").iterdir()}
+    assert left == {"round-0000", "heldout-0000-start", "heldout-0000-iterate", "heldout-0000-extrapolated"}
 
 
 def test_prompts_of_another_run_are_not_resumed_with(make: Any) -> None:

@@ -85,7 +85,13 @@ def test_the_stock_script_samples_the_same_with_one_process_and_two(parts: Path,
         assert done.returncode == 0, done.stdout[-3000:]
         assert done.stdout.count("trl-extras: DPOTrainer -> trl_extras.apo.APOTrainer") == 1
         assert (tmp_path / str(processes) / "model.safetensors").is_file()
-    for name in ("heldout-0000-start", "round-0000", "round-0001", "heldout-0001-iterate", "heldout-0001-extrapolated"):
+    for name in (
+        "heldout-0000-start",
+        "round-0000",
+        "round-0001",
+        "heldout-0001-iterate",
+        "heldout-0001-extrapolated",
+    ):
         one, two = table(tmp_path / "1", name), table(tmp_path / "2", name)
         # Of later rounds the weights agree to rounding only: gradients are summed in another order.
         exact = name in ("heldout-0000-start", "round-0000")

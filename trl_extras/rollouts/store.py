@@ -32,6 +32,13 @@ STORE_VERSION = 1
 TABLE = "rollouts.parquet"
 LABELS = "labels.jsonl"
 _DESCRIPTION = "description.json"
+_PARTS = ("samples", "scores")
+
+
+def folders_to_sweep(rollouts: Path) -> list[Path]:
+    """Where a killed run may have left files under temporary names, below a folder of several sets of rollouts."""
+    sets = [path for path in rollouts.glob("*") if path.is_dir()]
+    return [rollouts, *sets, *(path / part for path in sets for part in _PARTS)]
 
 
 class RolloutStore:
@@ -44,6 +51,7 @@ class RolloutStore:
         write: whether this process writes what is written once.
         barrier: waits for all processes.
         name: what to call it in messages.
+        replace: rollouts of other settings are removed too, instead of being refused: for measurements.
         sources: a hash of each judging function's source, or None: an edit is no other configuration, but is told.
     """
 
@@ -54,10 +62,12 @@ class RolloutStore:
         write: bool,
         barrier: Callable[[], None],
         name: str,
+        replace: bool = False,
         sources: dict[str, str | None] | None = None,
     ):
         self.folder = folder
         self.description = json.loads(json.dumps({"version": STORE_VERSION, **description}))
+        self.replace = replace
         self.sources = sources or {}
         self.write = write
         self.barrier = barrier
@@ -71,7 +81,7 @@ class RolloutStore:
         other weights are removed.
 
         Returns:
-            Whether rollouts of other weights have been removed.
+            Whether other rollouts have been removed.
 
         Raises:
             ValueError: there are rollouts of the same weights, but with other settings or prompts.
@@ -87,7 +97,7 @@ class RolloutStore:
                 for name in sorted(found.keys() | self.description.keys())
                 if found.get(name) != self.description.get(name)
             ]
-            if "policy" not in other or (self.folder / LABELS).exists():
+            if not self.replace and ("policy" not in other or (self.folder / LABELS).exists()):
                 name = next((name for name in other if name != "policy"), "policy")
                 raise ConfigurationError(
                     f"{self.name}: the rollouts on disk ({self._where()}) have `{name}` {_shown(found.get(name))}, "
@@ -98,7 +108,7 @@ class RolloutStore:
             removed = True
         if self.write and (found is None or removed):
             durable.discard(self.folder)
-            for part in ("samples", "scores"):
+            for part in _PARTS:
                 (self.folder / part).mkdir(parents=True, exist_ok=True)
             durable.write_json(self.folder / _DESCRIPTION, {**self.description, "sources": self.sources})
         elif self.write:
@@ -166,9 +176,13 @@ class RolloutStore:
     def finished(self) -> dict[str, Any] | None:
         """The manifest of a finished set, if its table is whole; None while there is work left."""
         try:
-            return durable.verify(self.folder)
+            manifest = durable.verify(self.folder)
         except durable.DamagedStateError:
             return None
+        if self.write:
+            # A kill may have come between the manifest and this.
+            self._discard_batches()
+        return manifest
 
     def finish(self, table: pa.Table, statistics: dict[str, Any]) -> None:
         """Write the table and, last, the manifest; then the batches go."""
@@ -185,9 +199,12 @@ class RolloutStore:
                 "files": {TABLE: {"size": path.stat().st_size, "xxh3_128": durable.checksum(path)}},
             }
             durable.write_json(self.folder / durable.MANIFEST, content)
-            for part in ("samples", "scores"):
-                durable.discard(self.folder / part)
+            self._discard_batches()
         self.barrier()
+
+    def _discard_batches(self) -> None:
+        for part in _PARTS:
+            durable.discard(self.folder / part)
 
     def table(self) -> pa.Table:
         """The finished rollouts, a row a prompt."""

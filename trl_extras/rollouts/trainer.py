@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from .._compat import _tokenize
 from ..errors import ConfigurationError
+from ..rounds import durable
 from ..rounds.state import ROUNDS_DIR, RoundFolder
 from ..rounds.trainer import RoundsTrainer, rows_fingerprint
 from .config import EXTERNAL
@@ -30,7 +31,7 @@ from .judges import Ranker, Rewards, public_name
 from .labels import WaitingForLabels, label_rows, read_labels
 from .pairs import best_and_worst, combine, distinct_bigrams, mean_and_error
 from .sampling import Batch, SamplingSettings, TransformersSampler, batch_seed, plan_batches, stop_tokens
-from .store import LABELS, RolloutStore
+from .store import LABELS, RolloutStore, folders_to_sweep
 
 
 logger = logging.get_logger(__name__)
@@ -137,7 +138,10 @@ class RolloutsTrainer(RoundsTrainer):
             self._judge = EXTERNAL if ranker == EXTERNAL else Ranker(ranker)
         else:
             self._judge = Rewards(
-                reward_funcs, processing_classes, config.reward_weights, bool(config.trust_remote_code)
+                reward_funcs,
+                processing_classes,
+                config.reward_weights,
+                bool(getattr(config, "trust_remote_code", False)),
             )
         if self._judge == EXTERNAL and config.save_only_model:
             raise ConfigurationError(
@@ -258,6 +262,22 @@ class RolloutsTrainer(RoundsTrainer):
                 "`output_dir`."
             )
 
+    @property
+    def _rollouts_dir(self) -> Path:
+        return self._output_dir / ROUNDS_DIR / "rollouts"
+
+    def _folders_to_sweep(self) -> list[Path]:
+        return [*super()._folders_to_sweep(), *folders_to_sweep(self._rollouts_dir)]
+
+    def _write_run(self) -> None:
+        super()._write_run()
+        if self.args.should_save:
+            # A longer run of before: its later rounds are not this one's.
+            for folder in self._rollouts_dir.glob("*-[0-9][0-9][0-9][0-9]*"):
+                if int(folder.name.split("-")[1]) >= self.args.num_rounds:
+                    durable.discard(folder)
+        self.accelerator.wait_for_everyone()
+
     def _state_content(self, round_index: int) -> dict[str, Any]:
         content = super()._state_content(round_index)
         return content | {"prompts": self._prompts_digest} if self._prompts_digest else content
@@ -298,6 +318,7 @@ class RolloutsTrainer(RoundsTrainer):
                 self.args.num_generations,
                 self._judge,
                 f"Round {round_index + 1}",
+                for_training=True,
             ),
             prompts=prompts,
             order=[int(position) for position in order],
@@ -312,7 +333,13 @@ class RolloutsTrainer(RoundsTrainer):
         return rows, {"rollouts": statistics}
 
     def _store(
-        self, name: str, belongs_to: dict[str, Any], num_generations: int, judge: Any, where: str
+        self,
+        name: str,
+        belongs_to: dict[str, Any],
+        num_generations: int,
+        judge: Any,
+        where: str,
+        for_training: bool = False,
     ) -> RolloutStore:
         described = {"ranker": EXTERNAL} if judge == EXTERNAL else (judge.to_dict() if judge is not None else {})
         description = {
@@ -324,11 +351,12 @@ class RolloutsTrainer(RoundsTrainer):
             "seed": self.args.seed,
         }
         return RolloutStore(
-            self._output_dir / ROUNDS_DIR / "rollouts" / name,
+            self._rollouts_dir / name,
             description,
             write=self.args.should_save,
             barrier=self.accelerator.wait_for_everyone,
             name=where,
+            replace=not for_training,
             sources=judge.sources() if isinstance(judge, (Rewards, Ranker)) else None,
         )
 
@@ -359,7 +387,7 @@ class RolloutsTrainer(RoundsTrainer):
         """Sample and judge until there are as many pairs as wanted, or no prompts left. Returns the statistics."""
         store = task.store
         with self._state_errors(max(self._round, 0)):
-            if store.open():
+            if store.open() and task.wanted is not None:
                 self._say(f"{task.where}: the rollouts on disk were of other weights and are sampled again.")
             finished = store.finished()
             self.accelerator.wait_for_everyone()
@@ -388,6 +416,7 @@ class RolloutsTrainer(RoundsTrainer):
             if task.wanted is not None and pairs == 0:
                 self._refuse_no_pairs(task, rows)
             store.finish(_table(task, rows), statistics)
+        self._say(_line(task, statistics))
         return statistics
 
     def _replacements(self, task: _Task, pairs: int, taken: int) -> int:
@@ -818,6 +847,20 @@ def _unpacked(scored: dict[str, Any]) -> dict[str, Any]:
         else:
             found[name] = value
     return found
+
+
+def _line(task: _Task, found: dict[str, Any]) -> str:
+    """What a set of rollouts is like, in a line."""
+    parts = [
+        f"{found['prompts']} prompts x {task.num_generations} sampled in {found['sample_seconds']:.1f} s "
+        f"({found['tokens_per_second']:.0f} tokens/s)"
+    ]
+    if "reward_mean" in found:
+        parts.append(f"mean reward {found['reward_mean']:.3g}")
+    if task.wanted is not None:
+        parts.append(f"{found['pairs']} pairs, {found['ties']} ties")
+    parts.append(f"{found['share_cut']:.0%} cut, distinct bigrams {found['distinct_bigrams']:.2f}")
+    return f"{task.where}: {', '.join(parts)}."
 
 
 def _by_function(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:

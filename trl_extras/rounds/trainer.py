@@ -495,11 +495,14 @@ class RoundsTrainer(_Parent):
     def _tidy(self) -> None:
         """Remove what a killed run left unfinished."""
         if self.args.should_save:
-            durable.sweep(
-                [self._output_dir, self._output_dir / ROUNDS_DIR, self._output_dir / ROUNDS_DIR / "iterates"]
-            )
+            durable.sweep(self._folders_to_sweep())
             durable.remove(self._output_dir / checkpoints.STAGING_DIR)
         self.accelerator.wait_for_everyone()
+
+    def _folders_to_sweep(self) -> list[Path]:
+        """Where a killed run may have left files under temporary names."""
+        rounds = self._output_dir / ROUNDS_DIR
+        return [self._output_dir, rounds, rounds / "iterates"]
 
     def _start_run(self, checkpoint: Path | None) -> None:
         """Settle which run this is and how long an epoch is, before upstream counts steps."""
