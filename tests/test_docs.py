@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 from trl import DPOConfig
 
@@ -192,7 +193,11 @@ def read(text: str) -> Any:
 
 
 def test_configuration_table_has_our_fields_and_their_defaults() -> None:
-    rows = table(section(ROOT / "docs/apo.md", "Configuration"), "field", "default")
+    rows = [
+        row
+        for page, title in (("docs/apo.md", "Configuration"), ("docs/rollouts.md", "Sampling"))
+        for row in table(section(ROOT / page, title), "field", "default")
+    ]
     documented = {row[0].strip("`"): read(row[1].strip("`\"'")) for row in rows}
     ours, stock = defaults(APOConfig), defaults(DPOConfig)
     assert documented == {name: value for name, value in ours.items() if name not in stock or stock[name] != value}
@@ -225,3 +230,38 @@ def test_keys_of_a_run_are_those_that_are_documented(make_apo: Any, tmp_path: Pa
         assert list(row) == keys, "in the order of the table"
     logged = {key for entry in trainer.state.log_history for key in entry if key.startswith("round/")}
     assert logged == {row[0].strip("`") for row in table(section(ROOT / "docs/apo.md", "The logger"), "key")}
+
+
+@pytest.mark.parametrize("judged", ["reward", "ranker"])
+def test_keys_of_an_on_policy_run_are_those_that_are_documented(make_apo: Any, tmp_path: Path, judged: str) -> None:
+    def reward(completions: list[str], log_metric: Any, log_extra: Any, **kwargs: Any) -> list[float]:
+        log_metric("seen", len(completions))
+        log_extra("words", [text.split() for text in completions])
+        return [float(sum(map(ord, text))) for text in completions]
+
+    def ranker(completions: list[list[str]], **kwargs: Any) -> list[Any]:
+        return [sorted(range(len(group)), key=lambda i: group[i]) for group in completions]
+
+    prompts = tiny.make_pairs(8).select_columns(["prompt"])
+    trainer = make_apo(
+        num_rounds=2, data=prompts, eval_dataset=prompts, num_generations=2, max_completion_length=4,
+        **({"reward_funcs": reward} if judged == "reward" else {"ranker": ranker}),
+    )  # fmt: skip
+    trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "out/rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+    page = ROOT / "docs/rollouts.md"
+    rounds = [row[0].strip("`") for row in table(section(ROOT / "docs/apo.md", "rounds.jsonl"), "key")]
+    ours = [row[0].strip("`") for row in table(section(page, "Keys of a round"), "key")]
+    measured = {row[0].strip("`") for row in table(section(page, "Measured on held-out prompts"), "key")}
+    rewards = {"reward_mean", "reward_best", "reward_worst", "rewards", "metrics"} if judged == "ranker" else set()
+    for t, row in enumerate(rows):
+        missing = rewards | ({"heldout_start"} if t else set())
+        assert list(row) == [*rounds, *(key for key in ours if key not in missing)], "in the order of the tables"
+        for which in ("iterate", "extrapolated"):
+            found = row[f"heldout_{which}"].keys() - {"metrics"}
+            assert found == measured - ({"reward", "reward_error"} if judged == "ranker" else set())
+    folder = tmp_path / "out/_rounds/rollouts/round-0000"
+    found = set(pyarrow.parquet.read_table(folder / "rollouts.parquet").column_names)
+    columns = " ".join(row[0] for row in table(section(page, "On disk"), "column"))
+    documented = set(re.findall(r"`(\w+)`", columns)) - {"reward_NAME", "extra_NAME"}
+    assert found == documented | ({"reward_reward", "extra_words"} if judged == "reward" else set())

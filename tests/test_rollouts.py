@@ -276,6 +276,26 @@ def test_a_ranker_instead_of_rewards(make: Any) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("settings", [{"gradient_checkpointing": True}, {"bf16": True}], ids=str)
+def test_sampling_in_other_settings(settings: dict[str, Any], make: Any) -> None:
+    """The model samples as it trains: log-probabilities on disk are those of the reference that it trains against."""
+    trainer = make(temperature=1.0, top_p=1.0, num_rounds=2, precompute_ref_log_probs=True, **settings)
+    references = []
+    original = trainer._with_reference_logps
+
+    def keep(*args: Any) -> Any:
+        references.append(original(*args))
+        return references[-1]
+
+    trainer._with_reference_logps = keep
+    trainer.train()
+    for t, rows in enumerate(references):
+        pairs = [row for row in rollouts(trainer, f"round-{t:04d}") if row["chosen"] is not None]
+        assert len(pairs) >= len(rows) > 0
+        for pair, row in zip(pairs, rows, strict=False):
+            assert row["ref_chosen_logps"] == pytest.approx(pair["logps"][pair["chosen"]], rel=0.02, abs=1e-3)
+
+
 # ---- Which prompts ----
 
 

@@ -41,6 +41,11 @@ logger = logging.get_logger(__name__)
 _LEAST_PAIR_RATE = 0.1
 # After so many prompts without a single pair no further ones are sampled: whatever judges does not tell them apart.
 _HOPELESS = 64
+_STATISTICS = (
+    "prompts", "samples", "tokens", "mean_length", "share_cut", "distinct_bigrams", "sample_seconds", "score_seconds",
+    "tokens_per_second", "reward_mean", "reward_best", "reward_worst", "pairs", "ties", "repeated", "empty", "rewards",
+    "metrics",
+)  # fmt: skip
 _TEXT_COLUMNS = {"prompt", "completion", "completions", "completion_ids", "prompt_ids"}
 
 
@@ -709,8 +714,8 @@ class RolloutsTrainer(RoundsTrainer):
         manifest = folder.manifest() or {}
         rollouts = manifest.get("rollouts")
         if rollouts:
-            summary |= {name: value for name, value in rollouts.items() if name not in ("metrics", "rewards")}
-            summary |= {name: rollouts[name] for name in ("metrics", "rewards") if name in rollouts}
+            # Manifests are sorted by name; a row is in the order in which it is read.
+            summary |= {name: rollouts[name] for name in _STATISTICS if name in rollouts}
         if self._heldout():
             if round_index == 0:
                 summary["heldout_start"] = manifest.get("heldout_start")
