@@ -12,7 +12,7 @@ four times, and resumed with `resume_from_checkpoint="True"` (or another spellin
 
 - every folder named `checkpoint-N` is complete, checksums included;
 - the newest is at least as new as the newest one that was announced as complete before the kill: none is lost;
-- the next life goes on from exactly that one.
+- the next life goes on from exactly that one, or from an older one where that is named.
 
 At the end of a case the weights, the logged losses, rates and gradient norms, `rounds.jsonl` (but for durations) and
 all weights on disk are those of the run left alone, to the bit, and the same files lie in the output folder: no
@@ -483,7 +483,7 @@ def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
             if not case.on_policy or draw.random() < 0.4:
                 life.wait(lambda: False, draw.uniform(0, 0.85 * left))
             if case.on_policy and draw.random() < 0.7:
-                on_policy.wait_for_phase(life, case.phases, case.hits, draw, left)
+                on_policy.wait_for_phase(life, case.phases, case.hits, draw, left * draw.uniform(0.4, 1))
             elif draw.random() < 0.6:
                 # Training takes most of the time, and of the operations some are rare: most kills wait for one that
                 # was drawn among all that this configuration has.
@@ -524,6 +524,11 @@ def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
                 raise RuntimeError("; ".join(problems))
             return
         resume = draw.choice(SPELLINGS)
+        older = checkpoints.list_checkpoints(folder)[:-1]
+        if case.on_policy and older and draw.random() < 0.3:
+            # By name: what later rounds have sampled is of the same weights all the same. The newer ones may go.
+            wanted, path = draw.choice(older)
+            resume, announced = str(path), wanted
 
 
 @contextlib.contextmanager
@@ -558,7 +563,7 @@ def main() -> int:
             case = Case(number, work / "base", folder, settings, options.processes, options.on_policy, hits=hits)
             case.folder.mkdir()
             try:
-                run_case(case, draw, min(draw.randint(1, MOST_KILLS), options.kills - done))
+                run_case(case, draw, min(draw.randint(1 + options.on_policy, MOST_KILLS), options.kills - done))
             except RuntimeError as error:
                 if not case.kills:
                     case.kills.append(("(a run that nobody killed)", []))
@@ -584,7 +589,7 @@ def main() -> int:
     width = max(map(len, hit))
     print(f"\n| {'where the kill hit':{width}} | kills | passed | failed |")
     print(f"|{'-' * (width + 2)}|------:|-------:|-------:|")
-    for where, outcomes in sorted(hit.items()):
+    for where, outcomes in sorted(hit.items(), key=lambda item: on_policy.in_order_of_a_run(item[0])):
         print(f"| {where:{width}} | {outcomes.total():5} | {outcomes['passed']:6} | {outcomes['failed']:6} |")
     print(f"\n{done - failed} passed, {failed} failed")
     return 1 if failed else 0

@@ -47,12 +47,12 @@ TRAINING = "training"
 PHASES = (
     TRAINING,
     "start of a run",
+    "extrapolating and writing weights",
     *(prefix + phase for prefix in SETS for phase in SET_PHASES),
     "writing rows",
     "reference log-probabilities",
     "saving a checkpoint",
     "end of a round: norms and summary",
-    "extrapolating and writing weights",
     "between two rounds, otherwise",
     "end of the run",
 )
@@ -480,6 +480,11 @@ class Ledger:
 def tables(folder: Path) -> dict[str, str]:
     """Checksums of all finished tables of a run."""
     return {path.parent.name: durable.checksum(path) for path in (folder / ROUNDS_DIR / "rollouts").glob(f"*/{TABLE}")}
+
+
+def in_order_of_a_run(phase: str) -> tuple[int, str]:
+    """Sorts phases; what is none comes after them, by name."""
+    return (PHASES.index(phase) if phase in PHASES else len(PHASES), phase)
 
 
 def wait_for_phase(life: Any, seen: int, hits: Counter[str], draw: random.Random, seconds: float) -> None:

@@ -1,14 +1,14 @@
-"""The quickstart's data: parsing, de-duplication, pairs, folds. No downloads, no model."""
+"""The quickstart's data (parsing, prompts, pairs, folds) and its estimate of the time left. No downloads, no model."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import io
 import random
 import sys
 import tarfile
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -16,18 +16,10 @@ import pytest
 QUICKSTART = Path(__file__).resolve().parents[1] / "recipes" / "quickstart"
 
 
-def _load(name: str) -> ModuleType:
-    # Recipes are scripts, not a package: loaded by path, under a name that nothing else has.
-    spec = importlib.util.spec_from_file_location(f"_quickstart_{name}", QUICKSTART / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-film_lines = _load("film_lines")
+# Recipes are scripts, not a package; they import each other by name, as they do beside the script that is run.
+sys.path.insert(0, str(QUICKSTART))
+film_lines = importlib.import_module("film_lines")
+openings = importlib.import_module("openings")
 
 
 def _snippets(per_side: int = 60) -> list:
@@ -145,3 +137,146 @@ def test_the_four_files_are_read_out_of_the_source_distribution(tmp_path: Path) 
         ("editorial", 2.5, "text 2"),
         ("tweet", 3.5, "text 3"),
     ]
+
+
+# ---- Prompts ----
+
+
+def _lines(number: int = 120) -> list:
+    rng = random.Random(1)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+
+    def text() -> str:
+        return " ".join("".join(rng.choices(letters, k=5)) for _ in range(12)) + "."
+
+    return [film_lines.Snippet("film", 0.1 * (number % 40) - 2, text()) for number in range(number)]
+
+
+def test_prompts_are_openings_of_lines_that_nothing_else_is_taken_from() -> None:
+    snippets = _lines()
+    data = openings.make(snippets, rounds=3, prompts_a_round=8, seed=0, held_out_prompts=20)
+    assert (len(data.train), len(data.held_out)) == (30, 20)  # a quarter to spare
+    assert data.unseen
+    sources = []
+    for prompt in data.train + data.held_out:
+        assert len(prompt.split()) == openings.OPENING_WORDS
+        found = [s.text for s in snippets if s.text.startswith(f"{prompt} ")]
+        assert len(found) == 1
+        sources += found
+    # No opening and no line twice, neither between training and held-out prompts nor with what is only measured on.
+    together = [film_lines.normalise(text) for text in sources + data.unseen]
+    assert len(together) == len(set(together))
+    begun = [film_lines.normalise(openings.opening(text)) for text in sources + data.unseen]
+    assert len(begun) == len(set(begun))
+
+
+def test_lines_that_begin_alike_give_one_prompt() -> None:
+    make = film_lines.Snippet
+    found = openings.candidates(
+        [
+            make("film", 1, "A film that takes its time and rewards those who wait."),
+            make("film", 1, "a film, that TAKES nothing seriously, least of all its own plot."),
+            make("film", 1, "Too short to go on."),
+            make("tweet", 1, "Not about a film at all, but long enough to be one of them."),
+            make("film", 1, "The ''best'' film about \"quotation marks\" that ever opened in May."),
+            make("film", 1, "In 1999 it might have been thought a funny film by someone."),
+        ]
+    )
+    assert found == ["A film that takes"]
+
+
+def test_the_seed_draws_training_prompts_but_not_what_is_measured() -> None:
+    first, again, other = (
+        openings.make(_lines(), rounds=3, prompts_a_round=8, seed=seed, held_out_prompts=20) for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first.train != other.train
+    assert (first.held_out, first.unseen) == (other.held_out, other.unseen)
+
+
+@pytest.mark.parametrize(("rounds", "prompts"), [(3, 1000), (3, 0), (0, 8)])
+def test_prompts_that_cannot_be_had_are_refused(rounds: int, prompts: int) -> None:
+    with pytest.raises(ValueError, match=r"prompts .* asked for, but the film lines give"):
+        openings.make(_lines(), rounds=rounds, prompts_a_round=prompts, seed=0, held_out_prompts=20)
+
+
+def test_the_reward_scores_the_completion_alone() -> None:
+    pytest.importorskip("vaderSentiment")
+    rewards = importlib.import_module("rewards")
+    good, bad, plain = rewards.vader(
+        ["a wonderful, moving film", [{"role": "assistant", "content": "a dull, awful mess"}], "of the two men"],
+        prompts=["awful"] * 3,
+    )
+    assert -1 <= bad < -0.5 < plain == 0 < 0.5 < good <= 1
+
+
+# ---- Time left ----
+
+
+@pytest.fixture
+def progress() -> Any:
+    pytest.importorskip("rich")
+    return importlib.import_module("progress")
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch, progress: Any) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def _meter(progress: Any, lines: list[str], alpha: float = 0.3) -> Any:
+    class Log:
+        is_terminal = False
+
+        def print(self, text: str, **kwargs: Any) -> None:
+            lines.append(text)
+
+    settings = {"rounds": 3, "prompts": 48, "num_generations": 5, "alpha": alpha}
+    return progress.Meter(Log(), progress.plan(settings, held_out=200, texts=120))
+
+
+def test_the_time_left_does_not_jump_where_the_kind_of_work_changes(progress: Any, clock: list[float]) -> None:
+    """A machine that trains three times slower than expected, and samples at twice the speed, in a run of its plan."""
+    pace = {"sampling": 0.5, "reference": 1.0, "training": 3.0, "reading": 1.0}
+    lines: list[str] = []
+    meter = _meter(progress, lines)
+    truth = sum(stage.seconds * pace[stage.kind] for stage in meter.stages)
+    estimates, shares = [], []
+    for stage in meter.stages:
+        meter.enter(stage.label)
+        units = stage.seconds / progress.SECONDS[stage.kind]
+        for _ in range(40):
+            clock[0] += stage.seconds * pace[stage.kind] / 40
+            meter.advance(units / 40)
+            shares.append(meter.share)
+            if (left := meter.left()) is not None:
+                estimates.append((clock[0], clock[0] + left))
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)
+    # Once every kind has been seen, which is after the first round, the estimate is right.
+    later = [whole for at, whole in estimates if at > truth / 3]
+    assert max(later) / truth < 1.1
+    assert min(later) / truth > 0.9
+
+
+def test_every_stage_is_named_when_it_begins(progress: Any, clock: list[float]) -> None:
+    lines: list[str] = []
+    meter = _meter(progress, lines)
+    for stage in meter.stages:
+        meter.enter(stage.label)
+        meter.enter(stage.label)  # saying so again says nothing new
+    assert len(lines) == len(meter.stages)
+    assert all(stage.label in line for stage, line in zip(meter.stages, lines, strict=True))
+
+
+def test_stages_that_were_not_needed_are_not_waited_for(progress: Any, clock: list[float]) -> None:
+    meter = _meter(progress, [])
+    meter.enter(progress.training_label(1))
+    clock[0] += 10
+    meter.advance(24)
+    left = meter.left()
+    meter.enter(progress.sampling_label(2))
+    assert meter.left() < left
+    assert not any("extrapolated" in stage.label for stage in _meter(progress, [], alpha=0).stages)

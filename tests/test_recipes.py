@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,25 @@ def test_the_published_run() -> None:
     assert config.per_device_train_batch_size * config.gradient_accumulation_steps * launch.num_processes == 64
 
 
+def test_the_quickstart_as_a_recipe() -> None:
+    """The same settings as run.sh, and a reward that is there."""
+    pytest.importorskip("rich")
+    sys.path.insert(0, str(RECIPES / "quickstart"))
+    quickstart = importlib.import_module("quickstart")
+    (_, config, _, _), _ = read(RECIPES / "quickstart/apo.yaml")
+    defaults = quickstart.DEFAULTS
+    assert (config.num_rounds, config.extrapolation_alpha) == (defaults["rounds"], [defaults["alpha"]])
+    assert (config.prompts_per_round, config.learning_rate) == (defaults["prompts"], defaults["learning_rate"])
+    assert (config.beta, config.per_device_train_batch_size) == (defaults["beta"], defaults["batch_size"])
+    assert (config.num_generations, config.generation_batch_size) == (
+        quickstart.NUM_GENERATIONS, quickstart.GENERATION_BATCH_SIZE,
+    )  # fmt: skip
+    assert (config.temperature, config.top_p) == (quickstart.TEMPERATURE, quickstart.TOP_P)
+    assert config.max_completion_length == quickstart.MAX_NEW_TOKENS
+    file, _, function = config.reward_funcs[0].partition(":")
+    assert f"def {function}(" in (RECIPES.parent / file).read_text(encoding="utf-8")
+
+
 def test_accelerate_configs() -> None:
     for path in sorted(ACCELERATE.glob("*.yaml")):
         assert load_config_from_file(str(path)).distributed_type, path.name
@@ -78,5 +99,5 @@ def test_accelerate_configs() -> None:
 
 def test_there_are_recipes() -> None:
     assert {path.relative_to(RECIPES).as_posix() for path in FILES} >= {
-        "apo/mistral-7b-ultrafeedback.yaml", "quickstart/apo.yaml",
+        "apo/mistral-7b-ultrafeedback.yaml", "quickstart/apo.yaml", "film_lines/apo.yaml",
     }  # fmt: skip

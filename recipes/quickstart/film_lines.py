@@ -151,6 +151,21 @@ def as_row(high: Snippet, low: Snippet, instruction: str = HELD_OUT_INSTRUCTION)
     }
 
 
+def unseen_texts(unique: Iterable[Snippet]) -> list[str]:
+    """Neutral film lines, and the other sources' whatever their rating, to measure on: none can be in a pair."""
+    candidates: dict[str, list[str]] = defaultdict(list)
+    for snippet in unique:
+        neutral = abs(snippet.rating) < MIN_RATING / 2
+        if UNSEEN_WORDS[0] <= snippet.words <= UNSEEN_WORDS[1] and (snippet.source != "film" or neutral):
+            candidates[snippet.source].append(snippet.text)
+    rng = random.Random(SPLIT_SEED)
+    sources = [source for source in ("film", "product", "editorial") if candidates[source]]
+    unseen = []
+    for source in sources:
+        unseen += rng.sample(candidates[source], min(UNSEEN_TEXTS // len(sources), len(candidates[source])))
+    return unseen
+
+
 def make(
     snippets: Iterable[Snippet], rounds: int, pairs_a_round: int, seed: int, held_out_pairs: int = HELD_OUT_PAIRS
 ) -> FilmLines:
@@ -181,20 +196,8 @@ def make(
     a_round = min(len(INSTRUCTIONS) // rounds, pairs_a_round)
     wordings = [INSTRUCTIONS[fold * a_round + row % a_round] for row in range(pairs_a_round) for fold in range(rounds)]
 
-    # Neutral film lines, and the other sources whatever their rating: none of these can be in a pair.
-    candidates: dict[str, list[str]] = defaultdict(list)
-    for snippet in unique:
-        neutral = abs(snippet.rating) < MIN_RATING / 2
-        if UNSEEN_WORDS[0] <= snippet.words <= UNSEEN_WORDS[1] and (snippet.source != "film" or neutral):
-            candidates[snippet.source].append(snippet.text)
-    rng = random.Random(SPLIT_SEED)
-    sources = [source for source in ("film", "product", "editorial") if candidates[source]]
-    unseen = []
-    for source in sources:
-        share = min(UNSEEN_TEXTS // len(sources), len(candidates[source]))
-        unseen += rng.sample(candidates[source], share)
     rows = [as_row(*pair, instruction) for pair, instruction in zip(train, wordings, strict=True)]
-    return FilmLines(rows, [as_row(*pair) for pair in held_out], unseen)
+    return FilmLines(rows, [as_row(*pair) for pair in held_out], unseen_texts(unique))
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> None:

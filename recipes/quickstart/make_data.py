@@ -1,6 +1,6 @@
-"""Write the quickstart's preference pairs as JSON lines, for `trl-extras apo --config recipes/quickstart/apo.yaml`.
+"""Write the quickstart's prompts as JSON lines, for `trl-extras apo --config recipes/quickstart/apo.yaml`.
 
-python recipes/quickstart/make_data.py --out data/film-lines
+python recipes/quickstart/make_data.py --out data/film-openings
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import film_lines
+import openings
 import parts
 
 
@@ -20,7 +21,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="folder for train.jsonl and test.jsonl")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pairs", type=int, default=48, help="pairs a round (default: 48)")
+    parser.add_argument(
+        "--prompts", type=int, default=48, help="prompts a round, without those to spare (default: 48)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=REPOSITORY / ".cache" / "trl-extras-quickstart")
     parser.add_argument(
@@ -29,18 +32,18 @@ def main() -> int:
     options = parser.parse_args()
     try:
         snippets = film_lines.read_sdist(parts.ratings(options.cache, print))
-        data = film_lines.make(snippets, options.rounds, options.pairs, options.seed)
+        data = openings.make(snippets, options.rounds, options.prompts, options.seed)
         base = parts.base_model(options.cache, print) if options.model else None
     except (ValueError, parts.PartError) as error:
         print(f"make_data: {error}", file=sys.stderr)
         return 2
-    # `load_dataset` takes a folder's train and test files for its splits; the unseen texts are no pairs, so apart.
+    # `load_dataset` takes a folder's train and test files for its splits; the unseen texts are no prompts, so apart.
     options.out.mkdir(parents=True, exist_ok=True)
-    film_lines.write_jsonl(options.out / "train.jsonl", data.train)
-    film_lines.write_jsonl(options.out / "test.jsonl", data.held_out)
+    film_lines.write_jsonl(options.out / "train.jsonl", [{"prompt": text} for text in data.train])
+    film_lines.write_jsonl(options.out / "test.jsonl", [{"prompt": text} for text in data.held_out])
     apart = options.out.with_name(f"{options.out.name}-unseen.jsonl")
     film_lines.write_jsonl(apart, [{"text": text} for text in data.unseen])
-    print(f"{len(data.train)} training pairs and {len(data.held_out)} held-out pairs in {options.out}; {apart}")
+    print(f"{len(data.train)} training prompts and {len(data.held_out)} held-out prompts in {options.out}; {apart}")
     if base is not None:
         print(f"model_name_or_path: {base.path}")
     return 0

@@ -1,8 +1,4 @@
-"""What the quickstart measures, and how, on a CPU.
-
-All held-out rows share one prompt: its keys and values are computed once and the completions run on top of them, which
-is the same arithmetic as whole rows at a third of the cost.
-"""
+"""The loss on unseen human text: what the quickstart measures beside the trainer's own held-out sampling."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from film_lines import FilmLines
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
@@ -21,29 +16,18 @@ BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One model on the held-out pairs and the unseen texts. Log-probabilities are nats per response, fp32."""
+class Unseen:
+    """One model on the unseen texts."""
 
-    chosen: torch.Tensor  # (N,)
-    rejected: torch.Tensor  # (N,)
-    unseen: torch.Tensor  # (M,) log-probability of a whole text
-    unseen_tokens: torch.Tensor  # (M,)
+    log_probs: torch.Tensor  # (M,) log-probability of a whole text, nats, fp32
+    tokens: torch.Tensor  # (M,)
 
     def to_json(self) -> dict[str, list[float]]:
         return {field.name: getattr(self, field.name).tolist() for field in fields(self)}
 
     @classmethod
-    def from_json(cls, values: dict[str, list[float]]) -> Measured:
+    def from_json(cls, values: dict[str, list[float]]) -> Unseen:
         return cls(**{name: torch.tensor(numbers) for name, numbers in values.items()})
-
-
-def completion_ids(tokenizer: PreTrainedTokenizerBase, row: dict, side: str) -> tuple[list[int], list[int]]:
-    """Prompt and completion as DPOTrainer tokenises them: the completion is what the chat template adds."""
-    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
-    whole = tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=True)["input_ids"]
-    if whole[: len(prompt)] != prompt:
-        raise ValueError("the chat template does not begin a conversation with its prompt")
-    return prompt, whole[len(prompt) :]
 
 
 def log_probs(
@@ -91,63 +75,26 @@ def log_probs(
 def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: FilmLines,
+    texts: Sequence[str],
     advance: Callable[[int], None] = lambda done: None,
-) -> Measured:
-    """`advance` is told of every batch; there are `2 * len(data.held_out) + len(data.unseen)` texts in all."""
+) -> Unseen:
+    """`advance` is told how many texts a batch has finished."""
     training = model.training
     model.eval()
-    sides = {}
-    for side in ("chosen", "rejected"):
-        tokenised = [completion_ids(tokenizer, row, side) for row in data.held_out]
-        prompts = {tuple(prompt) for prompt, _ in tokenised}
-        if len(prompts) != 1:
-            raise ValueError(f"the held-out rows have {len(prompts)} prompts, expected one that all share")
-        sides[side] = log_probs(model, tokenised[0][0], [completion for _, completion in tokenised], advance)
     # Texts as the model knew them in pre-training: after its document separator, without a chat around them.
     separator = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in data.unseen]
-    unseen = log_probs(model, [separator], texts, advance)
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    found = log_probs(model, [separator], rows, advance)
     model.train(training)
-    return Measured(sides["chosen"], sides["rejected"], unseen, torch.tensor([float(len(text)) for text in texts]))
+    return Unseen(found, torch.tensor([float(len(row)) for row in rows]))
 
 
-def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
-    """Mean and its standard error."""
-    values = values.double()
-    return values.mean().item(), values.std(unbiased=True).item() / math.sqrt(len(values))
-
-
-def compare(now: Measured, start: Measured) -> dict[str, float]:
-    """
-    A row of the table.
-
-    The implicit reward of a response is log pi(response) - log pi_start(response), and a pair's margin is that of the
-    chosen response minus that of the rejected one. The start against itself has margins of exactly 0: ties, which
-    count one half.
-    """
-    margin = (now.chosen - now.rejected) - (start.chosen - start.rejected)
-    accuracy, accuracy_error = mean_and_error((margin > 0).double() + 0.5 * (margin == 0).double())
-    margin_mean, margin_error = mean_and_error(margin)
-    likelier, likelier_error = mean_and_error((now.chosen > now.rejected).double())
-    change, change_error = mean_and_error(now.chosen - start.chosen)
-    tokens = now.unseen_tokens.double()
-    loss = -(now.unseen.double().sum() / tokens.sum()).item()
-    # Per token over all tokens is a ratio of two means: its error by the usual linearisation, on the paired change.
-    start_loss = -(start.unseen.double().sum() / tokens.sum()).item()
-    residual = (start.unseen - now.unseen).double() - (loss - start_loss) * tokens
-    loss_change_error = residual.std(unbiased=True).item() * math.sqrt(len(tokens)) / tokens.sum().item()
-    return {
-        "accuracy": accuracy,
-        "accuracy_error": accuracy_error,
-        "margin": margin_mean,
-        "margin_error": margin_error,
-        "chosen_likelier": likelier,
-        "chosen_likelier_error": likelier_error,
-        "chosen_change": change,
-        "chosen_change_error": change_error,
-        "rejected_change": mean_and_error(now.rejected - start.rejected)[0],
-        "unseen_loss": loss,
-        "unseen_loss_change": loss - start_loss,
-        "unseen_loss_change_error": loss_change_error,
-    }
+def compare(now: Unseen, start: Unseen) -> dict[str, float]:
+    """The loss on the unseen texts, nats per token over all tokens, and its change with a standard error."""
+    tokens = now.tokens.double()
+    loss = -(now.log_probs.double().sum() / tokens.sum()).item()
+    start_loss = -(start.log_probs.double().sum() / tokens.sum()).item()
+    # A ratio of two means: its error by the usual linearisation, on the paired change.
+    residual = (start.log_probs - now.log_probs).double() - (loss - start_loss) * tokens
+    error = residual.std(unbiased=True).item() * math.sqrt(len(tokens)) / tokens.sum().item()
+    return {"loss": loss, "change": loss - start_loss, "change_error": error}

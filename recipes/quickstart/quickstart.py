@@ -1,9 +1,11 @@
-"""Accelerated Preference Optimization of a 135M instruct model on human-rated film lines, in minutes on a CPU.
+"""Accelerated Preference Optimization of a 135M model on what it says itself, judged by a sentiment scorer, on a CPU.
 
     bash recipes/quickstart/run.sh [options]
 
-`run.sh` makes the environment and calls this file. It fetches the model and the ratings (`parts.py`), makes the pairs
-(`film_lines.py`), trains three rounds with `APOTrainer`, measures after each one (`measure.py`) and prints the table.
+`run.sh` makes the environment and calls this file. It fetches the model and the film lines (`parts.py`), makes the
+prompts (`openings.py`), and runs three rounds with `APOTrainer`: each samples completions from its policy, has them
+judged (`rewards.py`), trains on best against worst, and is measured on held-out prompts and on unseen human text
+(`measure.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -19,23 +22,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from progress import Meter, Watch, duration, plan, reading_label
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
 
 STARTED = time.monotonic()
-# Before the libraries are imported: their own progress bars and advice would bury what this run has to say.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if not sys.stderr.isatty():
-    # In a log every refresh of a bar is a line.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-warnings.filterwarnings("ignore")
-
-from rich import box  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 SETTINGS_FILE = "quickstart_settings.json"
 RESULT_FILE = "quickstart.json"
@@ -45,27 +38,30 @@ TABLE_FILE = "quickstart.md"
 DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "rounds": 3,
-    "pairs": 48,
-    "learning_rate": 1e-5,
+    "prompts": 48,
+    "learning_rate": 2.5e-5,
     "beta": 0.1,
     "alpha": 0.3,
     "batch_size": 8,
 }
 
-# Fixed before any result was seen: the task in words that no training row has, a neighbouring task, and a fact.
-QUESTIONS = (
-    "Write one line about a film that recommends it.",
-    "Write one line about a hotel that recommends it.",
-    "What is the capital of France?",
-)
-MAX_NEW_TOKENS = 40
+# The distribution that is sampled from: the paper's, with fewer tokens.
+NUM_GENERATIONS = 5
+MAX_NEW_TOKENS = 24
+TEMPERATURE, TOP_P = 0.7, 0.9
+# Completions at a time: more rows share the reading of the weights, which is much of a step's cost on a CPU.
+GENERATION_BATCH_SIZE = 80
+# How many held-out prompts are answered before and after: the first ones, whatever they are.
+SHOWN = 3
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="run.sh", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--seed", type=int, help="draws the training pairs and their order (default: 0)")
-    parser.add_argument("--rounds", type=int, help="rounds of training and extrapolation (default: 3)")
-    parser.add_argument("--pairs", type=int, help=f"preference pairs a round (default: {DEFAULTS['pairs']})")
+    parser.add_argument("--seed", type=int, help="draws the training prompts and all samples (default: 0)")
+    parser.add_argument("--rounds", type=int, help="rounds of sampling, training and extrapolation (default: 3)")
+    parser.add_argument(
+        "--prompts", type=int, help=f"prompts a round, a pair of completions each (default: {DEFAULTS['prompts']})"
+    )
     parser.add_argument("--learning-rate", type=float, help=f"(default: {DEFAULTS['learning_rate']:g})")
     parser.add_argument("--beta", type=float, help=f"DPO's beta (default: {DEFAULTS['beta']:g})")
     parser.add_argument("--alpha", type=float, help="extrapolation parameter; 0 is iterative DPO (default: 0.3)")
@@ -137,7 +133,7 @@ def settle(options: argparse.Namespace, say: Any) -> tuple[Path, dict[str, Any]]
     settings = {
         name: value if getattr(options, name) is None else getattr(options, name) for name, value in DEFAULTS.items()
     }
-    for name in ("rounds", "pairs", "batch_size"):
+    for name in ("rounds", "prompts", "batch_size"):
         if settings[name] < 1:
             raise Refused(f"--{name.replace('_', '-')} is {settings[name]}, but has to be at least 1")
     for name in ("learning_rate", "beta", "alpha"):
@@ -147,105 +143,62 @@ def settle(options: argparse.Namespace, say: Any) -> tuple[Path, dict[str, Any]]
     return output, settings
 
 
-# ---- Progress ----
-
-
-class Meter:
-    """One bar with the time left, for training and measuring together; without a terminal a line every 15 seconds."""
-
-    def __init__(self, console: Console, total: float):
-        self.console, self.total, self.done = console, total, 0.0
-        self.begun = self.told = time.monotonic()
-        self.skipped = 0.0
-        self.what = ""
-        self.bar: Progress | None = None
-        if console.is_terminal:
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.percentage:3.0f} %"),
-                TimeElapsedColumn(),
-                TextColumn("time left"),
-                TimeRemainingColumn(),
-                console=console,
-                speed_estimate_period=120,
-                transient=True,
-            )
-            self.task = self.bar.add_task("", total=total)
-
-    def __enter__(self) -> Meter:
-        if self.bar:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar:
-            self.bar.stop()
-
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False)
-
-    def skip(self, units: float) -> None:
-        """Work that a resumed run finds done."""
-        self.done += units
-        self.skipped += units
-        self._show()
-
-    def advance(self, units: float, what: str) -> None:
-        self.done += units
-        self.what = what
-        self._show()
-
-    def _show(self) -> None:
-        if self.bar:
-            self.bar.update(self.task, completed=min(self.done, self.total), description=self.what)
-            return
-        now = time.monotonic()
-        worked = self.done - self.skipped
-        if worked > 0 and now - self.told >= 15:
-            left = (now - self.begun) / worked * max(self.total - self.done, 0)
-            self.told = now
-            self.say(f"  {self.what}: {100 * self.done / self.total:.0f} %, about {duration(left)} left")
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
 # ---- The table ----
-
-
-def pm(row: dict[str, Any], name: str, scale: float = 1.0, digits: int = 1, plus: str = "") -> str:
-    return f"{scale * row[name]:{plus}.{digits}f} ± {scale * row[name + '_error']:.{digits}f}"
 
 
 HEADINGS = (
     "after round",
-    "held-out accuracy, %",
-    "margin, nats",
-    "chosen likelier, %",
-    "chosen log-prob. change, nats",
+    "held-out reward",
+    "extrapolated",
+    "distinct bigrams",
+    "cut, %",
     "loss on unseen text, nats/token",
     "its change",
+    "pairs",
+    "ties",
     "norm of update",
     "norm of momentum",
     "cosine",
 )
 
 
+def pm(measured: dict[str, Any]) -> str:
+    return f"{measured['reward']:.3f} ± {measured['reward_error']:.3f}"
+
+
+def table_rows(summaries: list[dict[str, Any]], start_loss: float) -> list[dict[str, Any]]:
+    """The start, then the trainer's rows."""
+    start = {"round": 0, "iterate": summaries[0]["heldout_start"], "extrapolated": None}
+    rows = [start | {"unseen": {"loss": start_loss, "change": 0.0, "change_error": 0.0}}]
+    for summary in summaries:
+        row = {
+            "round": summary["round"] + 1,
+            "iterate": summary["heldout_iterate"],
+            "extrapolated": summary["heldout_extrapolated"],
+        }
+        names = ("unseen", "pairs", "ties", "repeated", "update_norm", "momentum_norm", "update_cosine")
+        more = ("reward_mean", "reward_best", "reward_worst", "tokens_per_second", "sample_seconds", "train_seconds")
+        rows.append(row | {name: summary.get(name) for name in (*names, *more)})
+    return rows
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     def number(name: str, digits: int) -> str:
         return "-" if row.get(name) is None else f"{row[name]:.{digits}f}"
 
+    def reward(measured: dict[str, Any] | None) -> str:
+        return "-" if measured is None else pm(measured)
+
     return [
         "start" if row["round"] == 0 else str(row["round"]),
-        pm(row, "accuracy", 100),
-        pm(row, "margin", digits=2),
-        pm(row, "chosen_likelier", 100),
-        pm(row, "chosen_change", digits=2, plus="+"),
-        f"{row['unseen_loss']:.3f}",
-        pm(row, "unseen_loss_change", digits=3, plus="+"),
+        reward(row["iterate"]),
+        reward(row["extrapolated"]),
+        f"{row['iterate']['distinct_bigrams']:.3f}",
+        f"{100 * row['iterate']['share_cut']:.0f}",
+        f"{row['unseen']['loss']:.3f}",
+        f"{row['unseen']['change']:+.3f} ± {row['unseen']['change_error']:.3f}",
+        number("pairs", 0),
+        number("ties", 0),
         number("update_norm", 3),
         number("momentum_norm", 3),
         number("update_cosine", 2),
@@ -254,59 +207,71 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def notes(held_out: int, unseen: int) -> list[str]:
     return [
-        f"{held_out} held-out pairs: no line of theirs is in the training data, and neither is the wording that asks "
-        "for it. ± is one standard error.",
-        "Accuracy and margin are of the implicit reward log pi - log pi_start of the chosen line against that of the "
-        "rejected one. At the start all pairs are ties, which count one half.",
-        "Chosen likelier: share of pairs with log pi(chosen) > log pi(rejected), without reference to the start.",
-        f"Unseen text: {unseen} lines that people wrote about films, products and in newspapers, in no pair. Its "
-        "change's error is that of the paired difference.",
-        "The two lines of a pair are about different films and answer no common prompt but the one we gave them: the "
-        "model learns the manner of praise, not which film is good.",
+        f"Reward: VADER's compound score of a completion, from -1 to 1, mean over {held_out} held-out prompts, one "
+        "completion each, the same random numbers every time. ± is one standard error.",
+        "Extrapolated: of the policy that the next round samples from and starts at. The saved model is the last "
+        "iterate, without it.",
+        "Distinct bigrams: pairs of neighbouring words that are distinct, as a share of all, over the iterate's "
+        "held-out completions. It falls where a model repeats itself, which is how this reward is easily had.",
+        f"Cut: completions that end at {MAX_NEW_TOKENS} tokens. Ties: prompts whose completions were judged alike; "
+        "others stand in for them as far as there are any.",
+        f"Unseen text: {unseen} lines that people wrote about films, products and in newspapers; no prompt is from "
+        "them. Its change's error is that of the paired difference.",
     ]
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """The run in a sentence, with what the reward cost in variety."""
+    start, last = rows[0]["iterate"], rows[-1]["iterate"]
+    gain = last["reward"] - start["reward"]
+    error = math.hypot(last["reward_error"], start["reward_error"])
+    kept = last["distinct_bigrams"] / max(start["distinct_bigrams"], 1e-9)
+    return (
+        f"Held-out reward {gain:+.3f} ± {error:.3f} against the start ({gain / max(error, 1e-9):.1f} standard errors "
+        f"of the difference), at {100 * kept:.0f} % of its distinct bigrams."
+    )
 
 
 def as_markdown(rows: list[dict[str, Any]], lines: list[str]) -> str:
     out = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
     out += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    return "\n".join(out + [""] + [f"- {line}" for line in lines])
+    return "\n".join([*out, "", verdict(rows), ""] + [f"- {line}" for line in lines])
 
 
 # ---- Answers ----
 
 
-def answer(model: Any, tokenizer: Any, question: str) -> str:
+def answer(model: Any, tokenizer: Any, prompt: str) -> str:
     """Greedy, so that before and after differ by the weights alone."""
     import torch
 
-    encoded = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).to(model.device)
+    encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
     training = model.training
     model.eval()
     with torch.no_grad():
         made = model.generate(**encoded, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
     model.train(training)
-    return tokenizer.decode(made[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    said = tokenizer.decode(made[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    return " ".join(said.split())
 
 
 def plain_lines(folder: Path) -> tuple[str, str]:
     """How anyone loads the result, without this package."""
     return (
         "from transformers import pipeline",
-        f'chat = pipeline("text-generation", {str(folder)!r}, max_new_tokens={MAX_NEW_TOKENS}, do_sample=False)',
+        f'write = pipeline("text-generation", {str(folder)!r}, max_new_tokens={MAX_NEW_TOKENS}, do_sample=False)',
     )
 
 
-def ask_plainly(folder: Path) -> str:
-    """Run those two lines in a fresh interpreter, without trl or trl_extras, and ask the first question."""
+def ask_plainly(folder: Path, prompt: str) -> str:
+    """Run those two lines in a fresh interpreter, without trl or trl_extras, and have a prompt continued."""
     code = "\n".join(
         [
             *plain_lines(folder),
-            f"said = chat([{{'role': 'user', 'content': {QUESTIONS[0]!r}}}])[0]['generated_text'][-1]['content']",
+            f"said = write({prompt!r})[0]['generated_text']",
             "import json, sys",
             "assert not {'trl', 'trl_extras'} & set(sys.modules)",
-            "print('ANSWER ' + json.dumps(said.strip()))",
+            "print('ANSWER ' + json.dumps(' '.join(said.split())))",
         ]
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False)
@@ -329,83 +294,66 @@ def run(options: argparse.Namespace, console: Console) -> None:
     cache = options.cache.resolve()
 
     say("[bold]1/5[/bold] loading the libraries")
-    import datasets
-    import film_lines
-    import measure
-    import parts
-    import torch
-    import transformers
-    from transformers import PrinterCallback, TrainerCallback
+    with console.status("loading"):
+        import datasets
+        import film_lines
+        import measure
+        import openings
+        import parts
+        import rewards
+        import torch
+        import transformers
+        from transformers import PrinterCallback, TrainerCallback
 
-    from trl_extras import APOConfig, APOTrainer
+        from trl_extras import APOConfig, APOTrainer
 
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
 
-    say("[bold]2/5[/bold] the model and the human ratings")
-    # First: a wrong --pairs is then refused before a model is fetched.
-    snippets = film_lines.read_sdist(parts.ratings(cache, say))
-    try:
-        data = film_lines.make(snippets, settings["rounds"], settings["pairs"], settings["seed"])
-    except ValueError as error:
-        raise Refused(str(error)) from error
-    transformers.utils.logging.disable_progress_bar()
-    base = parts.base_model(cache, say, settings.get("source"))
-    model, tokenizer = parts.load(base)
+    say("[bold]2/5[/bold] the model and the film lines")
+    with console.status("fetching"):
+        # First: a wrong --prompts is then refused before a model is fetched.
+        snippets = film_lines.read_sdist(parts.ratings(cache, say))
+        try:
+            data = openings.make(snippets, settings["rounds"], settings["prompts"], settings["seed"])
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        transformers.utils.logging.disable_progress_bar()
+        base = parts.base_model(cache, say, settings.get("source"))
+        model, tokenizer = parts.load(base)
     has_gpu = torch.cuda.is_available()
     model.to("cuda" if has_gpu else "cpu")
     say(f"  weights: {base.description}")
     say(
-        f"  {len(data.train)} training pairs for {settings['rounds']} rounds, {len(data.held_out)} held-out pairs, "
-        f"{len(data.unseen)} unseen texts; {'on the GPU' if has_gpu else f'on {torch.get_num_threads()} CPU threads'}"
+        f"  {settings['prompts']} prompts a round ({len(data.train)} in all, some to spare), {len(data.held_out)} "
+        f"held-out prompts, {len(data.unseen)} unseen texts; "
+        f"{'on the GPU' if has_gpu else f'on {torch.get_num_threads()} CPU threads'}"
     )
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / SETTINGS_FILE, {**settings, "source": base.revision or "package"})
+    shown = data.held_out[:SHOWN]
 
-    # The bar's unit is a forward pass over one token of a whole row; a training step is three, its reference one more.
-    measured_tokens = sum(
-        len(measure.completion_ids(tokenizer, row, side)[1])
-        for row in data.held_out
-        for side in ("chosen", "rejected")
-    ) + sum(len(tokenizer(text)["input_ids"]) for text in data.unseen)
-    texts = 2 * len(data.held_out) + len(data.unseen)
-    trained_tokens = sum(
-        sum(map(len, measure.completion_ids(tokenizer, row, side)))
-        for row in data.train
-        for side in ("chosen", "rejected")
-    )
-    steps = settings["rounds"] * math.ceil(settings["pairs"] / settings["batch_size"])
-    total = 4.0 * trained_tokens + (settings["rounds"] + 1) * measured_tokens
-    a_step, a_text = 4.0 * trained_tokens / steps, measured_tokens / texts
-
-    measured = output / "measured"
-    measured.mkdir(exist_ok=True)
-
-    with Meter(console, total) as meter:
-        say("[bold]3/5[/bold] measuring the model as it is, and asking it three questions")
-        start_file = measured / "start.json"
+    with Meter(
+        console, plan({**settings, "num_generations": NUM_GENERATIONS}, len(data.held_out), len(data.unseen))
+    ) as meter:
+        say(f"[bold]3/5[/bold] measuring the model as it is, and {SHOWN} held-out prompts answered by it")
+        meter.enter("the start: loss on unseen text")
+        start_file = output / "start.json"
         saved = read_json(start_file)
         if saved is None:
-            before = {question: answer(model, tokenizer, question) for question in QUESTIONS}
-            start = measure.measure(model, tokenizer, data, lambda n: meter.advance(n * a_text, "measuring the start"))
-            write_json(start_file, {"answers": before, "measured": start.to_json()})
+            before = {prompt: answer(model, tokenizer, prompt) for prompt in shown}
+            start = measure.measure(model, tokenizer, data.unseen, meter.advance)
+            write_json(start_file, {"answers": before, "unseen": start.to_json()})
         else:
-            before, start = saved["answers"], measure.Measured.from_json(saved["measured"])
-            meter.skip(measured_tokens)
+            before, start = saved["answers"], measure.Unseen.from_json(saved["unseen"])
+
+        watch = Watch(meter, model, settings["prompts"], settings["batch_size"])
 
         class AfterRound(TrainerCallback):
-            """Moves the bar; measures each round's iterate as soon as it is there."""
-
-            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                # A round that ended before the checkpoint was measured then, unless the checkpoint is its last step:
-                # then the trainer comes to the round's end once more.
-                meter.skip(state.global_step * a_step)
-                a_round = steps // settings["rounds"]
-                meter.skip(max(0, math.ceil(state.global_step / a_round) - 1) * measured_tokens)
+            """Moves the bar; measures each round's iterate on unseen text as soon as it is there."""
 
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                current = min((state.global_step - 1) * settings["rounds"] // steps + 1, settings["rounds"])
-                meter.advance(a_step, f"training round {current}")
+                watch.step(state.global_step)
 
             def on_round_end(
                 self,
@@ -418,26 +366,31 @@ def run(options: argparse.Namespace, console: Console) -> None:
                 model: Any,
                 **kwargs: Any,
             ) -> None:
-                what = f"measuring round {round_index + 1}"
-                now = measure.measure(model, tokenizer, data, lambda n: meter.advance(n * a_text, what))
-                row = {"round": round_index + 1, **measure.compare(now, start)}
-                row |= {
-                    name: summary.get(name)
-                    for name in ("alpha", "beta", "update_norm", "momentum_norm", "update_cosine")
-                }
-                write_json(measured / f"round-{round_index + 1}.json", row)
-                summary["held_out"] = measure.compare(now, start)
+                meter.enter(reading_label(round_index))
+                with watch.reading():
+                    now = measure.measure(model, tokenizer, data.unseen, meter.advance)
+                watch.ended = round_index + 1
+                summary["unseen"] = measure.compare(now, start)
+                held_out = summary["heldout_iterate"]
+                if round_index == 0:
+                    meter.say(f"  start: held-out reward {pm(summary['heldout_start'])}")
                 meter.say(
-                    f"  round {round_index + 1}: held-out accuracy {pm(row, 'accuracy', 100)} %, margin "
-                    f"{pm(row, 'margin', digits=2)} nats, loss on unseen text {row['unseen_loss']:.3f} "
-                    f"({row['unseen_loss_change']:+.3f})"
+                    f"  round {round_index + 1}: held-out reward {pm(held_out)}, distinct bigrams "
+                    f"{held_out['distinct_bigrams']:.3f}, loss on unseen text {summary['unseen']['loss']:.3f} "
+                    f"({summary['unseen']['change']:+.3f})"
                 )
 
-        say(f"[bold]4/5[/bold] training: {settings['rounds']} rounds of accelerated preference optimization")
+        say(f"[bold]4/5[/bold] {settings['rounds']} rounds: sample, judge, train on best against worst, extrapolate")
         config = APOConfig(
             output_dir=str(output),
             num_rounds=settings["rounds"],
             extrapolation_alpha=[settings["alpha"]],
+            prompts_per_round=settings["prompts"],
+            num_generations=NUM_GENERATIONS,
+            generation_batch_size=GENERATION_BATCH_SIZE,
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
+            max_completion_length=MAX_NEW_TOKENS,
             beta=settings["beta"],
             learning_rate=settings["learning_rate"],
             per_device_train_batch_size=settings["batch_size"],
@@ -458,47 +411,58 @@ def run(options: argparse.Namespace, console: Console) -> None:
         trainer = APOTrainer(
             model=model,
             args=config,
-            train_dataset=datasets.Dataset.from_list(data.train),
+            train_dataset=datasets.Dataset.from_dict({"prompt": data.train}),
+            eval_dataset=datasets.Dataset.from_dict({"prompt": data.held_out}),
+            reward_funcs=rewards.vader,
             processing_class=tokenizer,
             callbacks=[AfterRound()],
         )
         trainer.remove_callback(PrinterCallback)
-        os.environ["TQDM_DISABLE"] = "1"  # the trainer's bar for the reference; ours counts it
-        trainer.train(resume_from_checkpoint="last" if options.resume else None)
+        os.environ["TQDM_DISABLE"] = "1"  # the bar above counts everything
+        if options.resume:
+            watch.resume(newest_step(output))
+        with watch:
+            trainer.train(resume_from_checkpoint="last" if options.resume else None)
 
     final = output / "model"
     trainer.save_model(str(final))
-    say("[bold]5/5[/bold] the same three questions, and loading the saved model with plain transformers")
-    policy = trainer.accelerator.unwrap_model(trainer.model)
-    after = {question: answer(policy, tokenizer, question) for question in QUESTIONS}
-    plain = ask_plainly(final)
+    say(f"[bold]5/5[/bold] the same {SHOWN} prompts, and loading the saved model with plain transformers")
+    with console.status("answering"):
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        after = {prompt: answer(policy, tokenizer, prompt) for prompt in shown}
+        plain = ask_plainly(final, shown[0])
 
-    start_row = {"round": 0, **measure.compare(start, start)}
-    rows = [start_row] + [
-        row
-        for index in range(settings["rounds"])
-        if (row := read_json(measured / f"round-{index + 1}.json")) is not None
-    ]
+    rows = table_rows(trainer.round_summaries, measure.compare(start, start)["loss"])
     seconds = time.monotonic() - STARTED
-    report(console, rows, notes(len(data.held_out), len(data.unseen)), base.description, before, after, final, plain)
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cpu_seconds = sum(use.ru_utime + use.ru_stime for use in usage)
+    lines = notes(len(data.held_out), len(data.unseen))
+    report(console, rows, lines, base.description, before, after, final, plain)
     result = {
         "settings": {**settings, "source": base.revision or "package"},
         "weights": base.description,
         "rows": rows,
-        "answers": [{"question": q, "before": before[q], "after": after[q]} for q in QUESTIONS],
+        "answers": [{"prompt": p, "before": before[p], "after": after[p]} for p in shown],
         "model": "model",
         "seconds": round(seconds, 1),
-        "cpu_seconds": round(time.process_time(), 1),
+        "cpu_seconds": round(cpu_seconds, 1),
         "threads": torch.get_num_threads(),
     }
-    lines = notes(len(data.held_out), len(data.unseen))
-    asked = "".join(f"\n**{q}**\n- before: {before[q]}\n- after: {after[q]}\n" for q in QUESTIONS)
+    asked = "".join(f"\n**{p}** ...\n- before: {before[p]}\n- after: {after[p]}\n" for p in shown)
     (output / TABLE_FILE).write_text(
         f"# Quickstart\n\nWeights: {base.description}.\n\n{as_markdown(rows, lines)}\n\n## Answers, greedy\n{asked}",
         encoding="utf-8",
     )
     write_json(output / RESULT_FILE, result)
-    say(f"\nTook {duration(seconds)}. The table is also in {output / TABLE_FILE} and {output / RESULT_FILE}.")
+    say(
+        f"\nTook {duration(seconds)} ({duration(cpu_seconds)} of processor time). The table is also in "
+        f"{output / TABLE_FILE} and {output / RESULT_FILE}."
+    )
+
+
+def newest_step(output: Path) -> int:
+    """The step of the newest checkpoint, which a resume goes on from; 0 where there is none yet."""
+    return max((int(path.name.rpartition("-")[2]) for path in output.glob("checkpoint-*[0-9]")), default=0)
 
 
 def report(
@@ -526,31 +490,47 @@ def report(
         table.add_row(*(cell.replace(" ± ", joint) for cell in cells(row)))
     console.print()
     console.print(table)
+    console.print(verdict(rows), highlight=False)
     for line in lines:
         console.print(f"- {line}", style="dim", highlight=False)
 
-    console.print(f"\n[bold]Before and after[/bold] (greedy, at most {MAX_NEW_TOKENS} tokens)")
-    for question in QUESTIONS:
-        console.print(f"[bold]{question}[/bold]", highlight=False)
-        console.print(f"  before: {before[question]}", highlight=False, markup=False)
-        console.print(f"  after:  {after[question]}", highlight=False, markup=False)
+    console.print(
+        f"\n[bold]Before and after[/bold] (the first {len(before)} held-out prompts, greedy, {MAX_NEW_TOKENS} tokens)"
+    )
+    for prompt, said in before.items():
+        console.print(f"{prompt} ...", style="bold", highlight=False, markup=False)
+        console.print(f"  before: {said}", highlight=False, markup=False)
+        console.print(f"  after:  {after[prompt]}", highlight=False, markup=False)
 
     console.print(
         f"\n[bold]The model[/bold] is in {final}. Two lines load it with plain transformers:", highlight=False
     )
     for line in plain_lines(final):
         console.print(f"    {line}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"  (just done in a fresh interpreter; it said: {plain})", highlight=False, markup=False)
+    console.print(f"  (just done in a fresh interpreter; it wrote: {plain})", highlight=False, markup=False)
     console.print(
         "\n[bold]What to try next[/bold]\n"
         "  bash recipes/quickstart/run.sh --alpha 0        iterative DPO: the same rounds without the momentum\n"
         "  bash recipes/quickstart/run.sh --seed 1         how much of the table is chance\n"
+        "  recipes/quickstart/apo.yaml                     the same rounds as a recipe: put your own reward in\n"
         "  docs/apo.md                                     your own data and model; when not to use it",
         highlight=False,
     )
 
 
+def quiet() -> None:
+    """Before the libraries are imported: their own bars and advice would bury what this run has to say."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        # In a log every refresh of a bar is a line.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore")
+
+
 def main(argv: list[str] | None = None) -> int:
+    quiet()
     options = parse(argv)
     console = Console()
     if not console.is_terminal:

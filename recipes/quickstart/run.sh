@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# README command 1: a 135M instruct model, aligned on human-rated film lines by accelerated preference optimization.
+# README command 1: accelerated preference optimization of a 135M model on completions that it samples itself.
 # Needs python3 (3.11 or newer) with pip and venv, nothing else. Arguments go to quickstart.py: --help lists them.
 #
 #   PYTHON                        the interpreter to make the environment with (default: python3)
@@ -17,6 +17,9 @@ command -v "$python" >/dev/null || fail "$python is not there: install Python 3.
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "$("$python" --version 2>&1) is too old: Python 3.11 or newer is needed (set PYTHON to choose another)"
 
+# The reward function: a scorer with a word list, of one version, since its scores are the table.
+scorer="vaderSentiment==3.3.2"
+
 # An environment is reused if it was made for these requirements by this Python.
 constraints=()
 if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
@@ -28,7 +31,7 @@ else
 fi
 wanted="$(
     "$python" --version
-    echo "$hardware $repository"
+    echo "$hardware $repository $scorer"
     cat "$repository/pyproject.toml" "$repository/constraints-cpu.txt"
 )"
 if [[ -f "$venv/.installed" && "$(cat "$venv/.installed")" == "$wanted" ]]; then
@@ -46,7 +49,7 @@ else
     quiet=()
     [[ -t 1 ]] || quiet=(--quiet)
     "$venv/bin/python" -m pip install --disable-pip-version-check ${quiet[@]+"${quiet[@]}"} \
-        ${constraints[@]+"${constraints[@]}"} -e "$repository[quickstart]"
+        ${constraints[@]+"${constraints[@]}"} -e "$repository[quickstart]" "$scorer"
     printf '%s\n' "$wanted" >"$venv/.installed"
 fi
 

@@ -51,9 +51,9 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
     thetahat_t), and the last iterate is the output. Takes exactly the arguments of [`~trl.DPOTrainer`]; `args` is an
     [`APOConfig`]. With one round it is a DPOTrainer. A `ref_model` is the reference of the first round only.
 
-    A `train_dataset` of prompts alone makes it on-policy, as in the paper: each round samples completions from theta_t,
-    has them judged, and trains on the best and the worst of each prompt. That takes one of these keywords more:
-    `reward_funcs` (with `reward_processing_classes`), as for [`~trl.GRPOTrainer`], or `ranker`.
+    A `train_dataset` of prompts alone makes it on-policy, as in the paper: each round samples completions from
+    theta_t, has them judged, and trains on the best and the worst of each prompt. That takes one of these keywords
+    more: `reward_funcs` (with `reward_processing_classes`), as for [`~trl.GRPOTrainer`], or `ranker`.
 
     Overrides what belongs to a round's boundary; loss, data preparation and training are the parent's.
 

@@ -1,5 +1,5 @@
-"""Accelerated Preference Optimization (APO) from the command line: a dataset of preferences, or of prompts with a reward,
-a model, and rounds of DPO.
+"""Accelerated Preference Optimization (APO) from the command line: a dataset of preferences, or of prompts with
+something that judges, a model, and rounds of DPO.
 
 ```bash
 trl-extras apo --config recipe.yaml
