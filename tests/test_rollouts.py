@@ -90,6 +90,8 @@ def test_a_run_on_prompts(make: Any, tmp_path: Path) -> None:
             if row["chosen"] is not None:
                 assert row["reward"][row["chosen"]] == max(row["reward"])
                 assert row["reward"][row["rejected"]] == min(row["reward"])
+    seeds = [{row["seed"] for row in rollouts(trainer, f"round-{t:04d}")} for t in range(2)]
+    assert not seeds[0] & seeds[1]
     logged = {name for entry in trainer.state.log_history for name in entry}
     assert {"round/reward_mean", "round/pairs", "round/heldout_iterate/reward"} <= logged
     card = (tmp_path / "out" / "README.md").read_text()
@@ -605,6 +607,43 @@ def test_held_out_prompts_may_change(make: Any) -> None:
     trainer = make(eval_dataset=make_prompts(5, seed=5), save_strategy="epoch", num_rounds=2)
     trainer.train(resume_from_checkpoint="last")
     assert trainer.round_summaries[-1]["heldout_iterate"]["prompts"] == 5
+
+
+def test_damaged_rollouts_are_refused(make: Any, tmp_path: Path) -> None:
+    make().train()
+    (tmp_path / "out" / "_rounds" / "rollouts" / "round-0000" / "rollouts.parquet").write_bytes(b"x")
+    with pytest.raises(
+        ConfigurationError, match=r"Round 1: the rollouts on disk are damaged .* remove _rounds/rollouts"
+    ):
+        make().train()
+
+
+@pytest.mark.parametrize("where", ["samples", "_trash-scores", "_trash-round-0000"])
+def test_kills_while_batches_go_leave_nothing(
+    where: str, make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Found by the kill campaign: the table is finished, its batches are being removed."""
+    make("out", num_rounds=1).train()
+    original = durable.remove
+
+    def remove(folder: Path) -> None:
+        if folder.name == where and "rollouts" in folder.parts and folder.exists():
+            raise Interrupted
+        original(folder)
+
+    def discard(folder: Path, kept: Any = durable.discard) -> None:
+        if folder.name == where and folder.exists():
+            raise Interrupted
+        kept(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "remove", remove)
+        patch.setattr(durable, "discard", discard)
+        with pytest.raises(Interrupted):
+            make("out", num_rounds=1, model=tiny.make_model(seed=5)).train()
+    make("out", num_rounds=1, model=tiny.make_model(seed=5)).train(resume_from_checkpoint="last")
+    left = {path.name for path in (tmp_path / "out" / "_rounds" / "rollouts").rglob("*")}
+    assert left == {"round-0000", "description.json", "manifest.json", "rollouts.parquet"}
 
 
 def test_rollouts_of_a_longer_run_of_before_go(make: Any, tmp_path: Path) -> None:

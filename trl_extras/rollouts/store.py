@@ -174,11 +174,20 @@ class RolloutStore:
     # ---- The finished table ----
 
     def finished(self) -> dict[str, Any] | None:
-        """The manifest of a finished set, if its table is whole; None while there is work left."""
+        """
+        The manifest of a finished set; None while there is work left.
+
+        Raises:
+            ValueError: the set was finished, but its table is not whole.
+        """
+        if not (self.folder / durable.MANIFEST).is_file():
+            return None
         try:
             manifest = durable.verify(self.folder)
-        except durable.DamagedStateError:
-            return None
+        except durable.DamagedStateError as error:
+            raise ConfigurationError(
+                f"{self.name}: the rollouts on disk are damaged ({error}): remove {self._where()} to sample again."
+            ) from error
         if self.write:
             # A kill may have come between the manifest and this.
             self._discard_batches()
