@@ -20,6 +20,7 @@ from tests import tiny
 from trl_extras.errors import ConfigurationError
 from trl_extras.rollouts.judges import RewardError
 from trl_extras.rollouts.labels import WaitingForLabels
+from trl_extras.rollouts.sampling import TransformersSampler
 from trl_extras.rollouts.store import RolloutStore
 from trl_extras.rounds import RoundDataBuilder, durable
 
@@ -519,11 +520,19 @@ def test_no_batch_is_done_twice(
     part: str, call: int, make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: list[Any] = []
+    sampled: list[Any] = []
 
     def counted(prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
         asked.append((tuple(prompts), tuple(completions)))
         return threes(completions)
 
+    class Counted(TransformersSampler):
+        def __call__(self, prompts: Any, num: int, seed: int) -> Any:
+            groups = super().__call__(prompts, num, seed)
+            sampled.append((seed, str(groups)))
+            return groups
+
+    monkeypatch.setattr("trl_extras.rollouts.trainer.TransformersSampler", Counted)
     settings: dict[str, Any] = {
         "reward_funcs": counted, "save_strategy": "epoch", "eval_dataset": make_prompts(8, seed=3),
         "generation_batch_size": 6, "num_rounds": 2,
@@ -531,6 +540,7 @@ def test_no_batch_is_done_twice(
     whole = make("whole", **settings)
     whole.train()
     expected, asked[:] = sorted(asked), []
+    drawn, sampled[:] = sorted(sampled), []
     with monkeypatch.context() as patch:
         interrupt(patch, part, call)
         with pytest.raises(Interrupted):
@@ -539,6 +549,7 @@ def test_no_batch_is_done_twice(
     resumed.train(resume_from_checkpoint="last")
     assert tiny.same_weights(whole.model, resumed.model)
     assert sorted(asked) == expected
+    assert sorted(sampled) == drawn
     for name in ("round-0000", "round-0001", "heldout-0001-iterate"):
         assert rollouts(whole, name) == rollouts(resumed, name)
     assert [timeless(row) for row in whole.round_summaries] == [timeless(row) for row in resumed.round_summaries]
