@@ -34,12 +34,12 @@ SETTINGS_FILE = "quickstart_settings.json"
 RESULT_FILE = "quickstart.json"
 TABLE_FILE = "quickstart.md"
 
-# Chosen on seed 0; recipes/quickstart/README.md has the numbers.
+# recipes/quickstart/README.md says why, with the numbers of the runs.
 DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "rounds": 3,
     "prompts": 48,
-    "learning_rate": 2.5e-5,
+    "learning_rate": 4e-5,
     "beta": 0.1,
     "alpha": 0.3,
     "batch_size": 8,
@@ -455,7 +455,8 @@ def run(options: argparse.Namespace, console: Console) -> None:
     )
     write_json(output / RESULT_FILE, result)
     say(
-        f"\nTook {duration(seconds)} ({duration(cpu_seconds)} of processor time). The table is also in "
+        f"\nTook {duration(seconds)}{' since it was resumed' if options.resume else ''} ({duration(cpu_seconds)} of "
+        f"processor time). The table is also in "
         f"{output / TABLE_FILE} and {output / RESULT_FILE}."
     )
 
