@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TopPLogitsWarper
 
 from tests import tiny
 from tests.reference.sampling import log_probability, sampling_distribution
 from trl_extras.rollouts.sampling import (
     Batch,
+    NucleusFilter,
     SamplingSettings,
     TransformersSampler,
     batch_seed,
@@ -72,6 +73,25 @@ def test_reference_distribution_is_transformers_own(model: Any, drawn_from: dict
     logits = model(torch.tensor([PROMPTS[0]])).logits[0, -1]
     expected = torch.tensor(sampling_distribution(logits, PROMPTS[0], **drawn_from))
     torch.testing.assert_close(out.scores[0].softmax(-1)[0].double(), expected.double(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0])
+def test_nucleus_is_that_of_transformers(top_p: float, spread: float) -> None:
+    """Flat distributions do not fit into the tokens that are looked at first."""
+    torch.manual_seed(0)
+    scores = torch.randn(6, 3000) * torch.tensor([spread, 0.5, 1.0, 2.0, 4.0, 9.0])[:, None]
+    if spread == 0.0:
+        scores[0] += torch.linspace(0, 1e-3, 3000)
+    ours = NucleusFilter(top_p)(None, scores).softmax(-1)
+    theirs = TopPLogitsWarper(top_p)(None, scores.clone()).softmax(-1)
+    # One token at the edge may go either way, by the rounding of a sum of thousands.
+    assert ((ours > 0) != (theirs > 0)).sum(dim=-1).max() <= 2
+    torch.testing.assert_close(ours, theirs, atol=2e-3 if spread else 1e-2, rtol=0.02 if top_p > 0.1 else 1.0)
+    kept = scores.softmax(-1) * (ours > 0)
+    assert (kept.sum(-1) >= top_p - 1e-5).all()
+    smallest = torch.where(ours > 0, scores.softmax(-1), torch.inf).min(dim=-1).values
+    assert ((kept.sum(-1) - smallest < top_p + 1e-5) | ((ours > 0).sum(-1) == 1)).all()
 
 
 def test_draws_what_generate_draws(model: Any) -> None:

@@ -21,8 +21,11 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
-    TopPLogitsWarper,
 )
+
+
+# Likeliest tokens to look for a nucleus among, before the whole vocabulary is sorted.
+_NUCLEUS_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,40 @@ class SamplingSettings:
         if self.top_k > 0:
             found.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
-            found.append(TopPLogitsWarper(self.top_p))
+            found.append(NucleusFilter(self.top_p))
         if self.min_p is not None:
             found.append(MinPLogitsWarper(self.min_p))
         return LogitsProcessorList(found)
+
+
+class NucleusFilter(LogitsProcessor):
+    """
+    Keeps the smallest set of likeliest tokens whose probability is at least `top_p`, as transformers' TopPLogitsWarper
+    does, which sorts the whole vocabulary at every step: a quarter of the time of sampling from a small model. The set
+    is nearly always among a thousand tokens, and then only those are sorted.
+    """
+
+    def __init__(self, top_p: float):
+        self.top_p = top_p
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        probabilities = scores.softmax(dim=-1)
+        filtered = torch.full_like(scores, -torch.inf)
+        likeliest, tokens = probabilities.topk(min(_NUCLEUS_TOKENS, scores.shape[-1]), dim=-1)
+        wide = likeliest.sum(dim=-1) < self.top_p
+        self._keep(filtered, scores, likeliest, tokens)
+        if tokens.shape[-1] < scores.shape[-1] and bool(wide.any()):
+            # Flat distributions: all tokens of those rows.
+            rows = filtered[wide]
+            self._keep(rows, scores[wide], *probabilities[wide].sort(dim=-1, descending=True))
+            filtered[wide] = rows
+        return filtered
+
+    def _keep(self, filtered: Tensor, scores: Tensor, likeliest: Tensor, tokens: Tensor) -> None:
+        # A token stays if those before it have not yet reached top_p; the likeliest always does.
+        stays = likeliest.cumsum(dim=-1) - likeliest < self.top_p
+        stays[:, 0] = True
+        filtered.scatter_(-1, tokens, scores.gather(-1, tokens).masked_fill(~stays, -torch.inf))
 
 
 def stop_tokens(tokenizer: Any, model: Any) -> tuple[int, ...]:
