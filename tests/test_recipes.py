@@ -62,7 +62,9 @@ def test_the_published_run() -> None:
     """The settings of arXiv 2410.06293, section 5 and appendix F.1."""
     (script, config, model, _), launch = read(RECIPES / "apo/mistral-7b-ultrafeedback.yaml", "--num_processes", "8")
     assert model.model_name_or_path == "mistralai/Mistral-7B-Instruct-v0.2"
-    assert script.dataset_name == "trl-lib/ultrafeedback_binarized"
+    assert script.dataset_name == "trl-lib/ultrafeedback-prompt"
+    sampling = (config.num_generations, config.temperature, config.top_p, config.max_completion_length)
+    assert sampling == (5, 0.7, 0.9, 2048)
     assert (config.num_rounds, config.extrapolation_alpha, config.round_data) == (3, [0.3], "split")
     assert (config.round_beta, config.epochs_of_rounds()) == ([0.01, 0.1, 1.0], [1, 1, 4])
     assert (config.momentum_from, config.output_policy, config.loss_type) == (

@@ -17,9 +17,6 @@ command -v "$python" >/dev/null || fail "$python is not there: install Python 3.
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail "$("$python" --version 2>&1) is too old: Python 3.11 or newer is needed (set PYTHON to choose another)"
 
-# The reward function: a scorer with a word list, of one version, since its scores are the table.
-scorer="vaderSentiment==3.3.2"
-
 # An environment is reused if it was made for these requirements by this Python.
 constraints=()
 if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
@@ -31,7 +28,7 @@ else
 fi
 wanted="$(
     "$python" --version
-    echo "$hardware $repository $scorer"
+    echo "$hardware $repository"
     cat "$repository/pyproject.toml" "$repository/constraints-cpu.txt"
 )"
 if [[ -f "$venv/.installed" && "$(cat "$venv/.installed")" == "$wanted" ]]; then
@@ -49,7 +46,7 @@ else
     quiet=()
     [[ -t 1 ]] || quiet=(--quiet)
     "$venv/bin/python" -m pip install --disable-pip-version-check ${quiet[@]+"${quiet[@]}"} \
-        ${constraints[@]+"${constraints[@]}"} -e "$repository[quickstart]" "$scorer"
+        ${constraints[@]+"${constraints[@]}"} -e "$repository[quickstart]"
     printf '%s\n' "$wanted" >"$venv/.installed"
 fi
 
