@@ -101,7 +101,7 @@ def test_a_run_on_prompts(make: Any, tmp_path: Path) -> None:
         "ties",
         "tokens a second",
         "held-out reward",
-        "held-out distinct bigrams",
+        "| start |",
         "judged by `threes`",
     ):
         assert column in card

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,22 @@ _COLUMNS = (
     ("round", "round"), ("alpha", "alpha"), ("beta", "beta"), ("epochs", "epochs"), ("last_step", "steps so far"),
     ("update_norm", "update norm"), ("momentum_norm", "momentum norm"), ("update_cosine", "cosine"),
     ("loss", "last loss"), ("rewards/accuracies", "accuracy"), ("rewards/margins", "margin"),
-    ("pairs", "pairs"), ("ties", "ties"), ("repeated", "repeated"), ("reward_mean", "reward of samples"),
-    ("reward_best", "best"), ("reward_worst", "worst"), ("share_cut", "share cut"),
-    ("distinct_bigrams", "distinct bigrams"), ("mean_length", "mean length"),
-    ("tokens_per_second", "tokens a second"), ("sample_seconds", "sampling, s"), ("score_seconds", "scoring, s"),
-    ("train_seconds", "training, s"), ("heldout_iterate", "held-out reward"),
-    ("heldout_bigrams", "held-out distinct bigrams"), ("heldout_cut", "held-out share cut"),
-    ("heldout_extrapolated", "held-out reward, extrapolated"), ("eval_loss", "eval loss"), ("eval_rewards/accuracies",
+    ("eval_loss", "eval loss"), ("eval_rewards/accuracies",
     "eval accuracy"), ("eval_rewards/margins", "eval margin"),
+)  # fmt: skip
+
+# Of completions, where there are any.
+_SAMPLE_COLUMNS = (
+    ("round", "round"), ("pairs", "pairs"), ("ties", "ties"), ("repeated", "repeated"),
+    ("reward_mean", "reward of samples"), ("reward_best", "best"), ("reward_worst", "worst"),
+    ("share_cut", "share cut"), ("distinct_bigrams", "distinct bigrams"), ("mean_length", "mean length"),
+    ("tokens_per_second", "tokens a second"), ("sample_seconds", "sampling, s"), ("score_seconds", "scoring, s"),
+    ("boundary_reference_seconds", "reference, s"), ("train_seconds", "training, s"),
+)  # fmt: skip
+_HELDOUT_COLUMNS = (
+    ("round", "after round"), ("reward", "held-out reward"), ("distinct_bigrams", "distinct bigrams"),
+    ("share_cut", "share cut"), ("mean_length", "mean length"), ("reward_next", "held-out reward, extrapolated"),
+    ("distinct_bigrams_next", "distinct bigrams, extrapolated"), ("share_cut_next", "share cut, extrapolated"),
 )  # fmt: skip
 
 _TEMPLATE = """---
@@ -65,7 +74,7 @@ print(generator(messages, max_new_tokens=64)[0]["generated_text"])
 ## Rounds
 
 {{ table }}
-
+{{ samples }}
 Norms are Euclidean, over all trained weights: the update is the round's result minus the policy that it started from,
 the momentum is its result minus the result before, the cosine is that between this update and the one before. Accuracy
 and margin are DPO's implicit rewards against the round's own reference.
@@ -148,6 +157,7 @@ def build_card(
             else "The output is the last iterate, extrapolated once more."
         ),
         table=round_table(trainer.round_summaries),
+        samples=sample_tables(trainer.round_summaries),
         configuration=yaml.safe_dump(_configuration(args), sort_keys=True, allow_unicode=True),
     )
 
@@ -163,10 +173,31 @@ def round_table(summaries: list[dict[str, Any]]) -> str:
             **{f"eval_{k}": v for k, v in (summary.get("eval") or {}).items()},
             **summary,
         }
-        rows.append({**flat, "round": summary["round"] + 1, **_heldout(summary)})
-    columns = [(key, title) for key, title in _COLUMNS if any(row.get(key) is not None for row in rows)]
-    lines = ["| " + " | ".join(title for _, title in columns) + " |", "|" + " --- |" * len(columns)]
-    lines += ["| " + " | ".join(_cell(row.get(key)) for key, _ in columns) + " |" for row in rows]
+        rows.append({**flat, "round": summary["round"] + 1})
+    return _markdown(_COLUMNS, rows)
+
+
+def sample_tables(summaries: list[dict[str, Any]]) -> str:
+    """Markdown tables of what was sampled in the rounds and for held-out prompts; nothing where nothing was."""
+    parts = []
+    if any("samples" in summary for summary in summaries):
+        parts.append(_markdown(_SAMPLE_COLUMNS, [{**row, "round": row["round"] + 1} for row in summaries]))
+    measured = [("start", summaries[0].get("heldout_start"), None)] if summaries else []
+    measured += [(row["round"] + 1, row.get("heldout_iterate"), row.get("heldout_extrapolated")) for row in summaries]
+    rows = [
+        {"round": name, **_heldout(now), **{f"{key}_next": value for key, value in _heldout(following).items()}}
+        for name, now, following in measured
+        if now or following
+    ]
+    if rows:
+        parts.append(_markdown(_HELDOUT_COLUMNS, rows))
+    return "".join(f"\n{part}\n" for part in parts)
+
+
+def _markdown(columns: Sequence[tuple[str, str]], rows: list[dict[str, Any]]) -> str:
+    shown = [(key, title) for key, title in columns if any(row.get(key) is not None for row in rows)]
+    lines = ["| " + " | ".join(title for _, title in shown) + " |", "|" + " --- |" * len(shown)]
+    lines += ["| " + " | ".join(_cell(row.get(key)) for key, _ in shown) + " |" for row in rows]
     return "\n".join(lines)
 
 
@@ -183,19 +214,13 @@ def _sampled(trainer: Any) -> str:
     )
 
 
-def _heldout(summary: dict[str, Any]) -> dict[str, Any]:
-    """What held-out prompts showed, as cells: a reward is never shown without what it may have cost."""
-    iterate, extrapolated = summary.get("heldout_iterate") or {}, summary.get("heldout_extrapolated") or {}
-
-    def reward(measured: dict[str, Any]) -> str | None:
-        return f"{measured['reward']:.4g} ± {measured['reward_error']:.2g}" if "reward" in measured else None
-
-    return {
-        "heldout_iterate": reward(iterate),
-        "heldout_extrapolated": reward(extrapolated),
-        "heldout_bigrams": iterate.get("distinct_bigrams"),
-        "heldout_cut": iterate.get("share_cut"),
-    }
+def _heldout(measured: dict[str, Any] | None) -> dict[str, Any]:
+    """What held-out prompts showed, its reward with the error; of several sets the card shows none."""
+    measured = measured or {}
+    found = {key: measured.get(key) for key in ("distinct_bigrams", "share_cut", "mean_length")}
+    if "reward" in measured:
+        found["reward"] = f"{measured['reward']:.4g} ± {measured['reward_error']:.2g}"
+    return found
 
 
 def _cell(value: Any) -> str:

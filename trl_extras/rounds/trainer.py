@@ -993,12 +993,14 @@ class RoundsTrainer(_Parent):
             with self._state_errors(round_index):
                 if self.args.should_save:
                     partial = path.with_name(f"{durable.PARTIAL_PREFIX}{path.name}")
-                    rows.to_parquet(str(partial))
+                    with _no_dataset_bars():
+                        rows.to_parquet(str(partial))
                     durable.sync(partial)
                     partial.replace(path)
                 self._add_to_manifest(folder, changed=[_ROWS_FILE], num_rows=len(rows), **noted)
         # From disk for all processes and lives, so that all train on the same rows.
-        rows = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
+        with _no_dataset_bars():
+            rows = datasets.Dataset.from_parquet(str(path), keep_in_memory=True)
         planned = len(self._rows)
         if len(rows) > planned:
             raise ConfigurationError(
@@ -1314,6 +1316,19 @@ class RoundsTrainer(_Parent):
 
     def _write_card(self, folder: Path) -> None:
         """Write the model card of a saved model; a method's own."""
+
+
+@contextmanager
+def _no_dataset_bars() -> Iterator[None]:
+    """A bar for a file that is written in a blink says nothing."""
+    if datasets.utils.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
 
 
 def _asked(plugin: str) -> bool:
