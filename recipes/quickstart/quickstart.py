@@ -38,7 +38,7 @@ TABLE_FILE = "quickstart.md"
 DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "rounds": 3,
-    "prompts": 48,
+    "prompts": 40,
     "learning_rate": 4e-5,
     "beta": 0.1,
     "alpha": 0.3,
