@@ -171,6 +171,62 @@ def test_async_functions_run_side_by_side_in_one_loop() -> None:
     assert most == 2
 
 
+def test_functions_may_do_what_they_like_with_their_lists() -> None:
+    def meddles(prompts: Any, completions: Any, topic: Any, **kwargs: Any) -> list[float]:
+        for prompt, completion, words in zip(prompts, completions, topic, strict=True):
+            prompt.append(completion[0])
+            words.append("more")
+        return [float(len(prompt) + len(words)) for prompt, words in zip(prompts, topic, strict=True)]
+
+    prompt, answer, topic = [{"role": "user", "content": "p"}], [{"role": "assistant", "content": "a"}], ["x"]
+    rewards = Rewards([meddles, functools.partial(meddles)], None, None, False)
+    judgement = rewards.judge("R", [prompt, prompt], [answer, answer], [[1], [2]], {"topic": [topic, topic]}, None)
+    assert judgement.values == {"meddles": [4.0, 4.0], "meddles_2": [4.0, 4.0]}
+    assert (len(prompt), len(topic)) == (1, 1)
+
+
+def test_async_functions_that_leave_do_not_hang() -> None:
+    async def leaves(**kwargs: Any) -> Any:
+        raise SystemExit(3)
+
+    async def cancelled(**kwargs: Any) -> Any:
+        raise asyncio.CancelledError
+
+    with pytest.raises(SystemExit):
+        judge(leaves)
+    with pytest.raises(RewardError, match="'cancelled' raised CancelledError"):
+        judge(cancelled)
+    # The loop is still there.
+    assert judge(slow_length).values["slow_length"] == [1.0, 3.0]
+
+
+def test_a_wrapper_around_an_async_function() -> None:
+    assert judge(lambda **kwargs: slow_length(**kwargs)).values["<lambda>"] == [1.0, 3.0]
+
+
+def test_equal_names_never_meet() -> None:
+    def named(name: str) -> Any:
+        def function(completions: Any, **kwargs: Any) -> list[float]:
+            return [0.0] * len(completions)
+
+        function.__name__ = name
+        return function
+
+    names = Rewards([named("a"), named("a"), named("a_2")], None, None, False).names
+    assert len(set(names)) == 3
+
+
+def test_a_metric_has_to_be_finite() -> None:
+    def mine(completions: Any, log_metric: Any, **kwargs: Any) -> list[float]:
+        log_metric("acc", math.nan)
+        return [0.0] * len(completions)
+
+    with pytest.raises(
+        RewardError, match="'mine' raised ValueError: log_metric\\('acc', nan\\) wants a finite number"
+    ):
+        judge(mine)
+
+
 def test_values_of_any_numeric_type() -> None:
     assert judge(lambda completions, **kw: torch.tensor([1.5, 2.5])).values["<lambda>"] == [1.5, 2.5]
     assert judge(lambda completions, **kw: np.array([1, 2])).values["<lambda>"] == [1.0, 2.0]
@@ -187,6 +243,8 @@ def test_values_of_any_numeric_type() -> None:
         ([1.0, [2.0]], "returned \\[2.0\\] \\(list\\)"),
         (1.0, "returned float, but has to return a list of 2 numbers"),
         (None, "returned NoneType"),
+        ({0: 1.0, 1: 2.0}, "returned dict"),
+        ("ab", "returned str"),
         ([None, 1.0], "no reward function applies to this completion"),
     ],
 )
@@ -279,6 +337,39 @@ def test_models_read_conversations_by_their_own_template(reward_model: Path) -> 
     with rewards.loaded(torch.device("cpu")):
         values = rewards.judge("Round 1", [prompt], [answer], [[1]], {}, None).values["tiny-reward"]
     assert values == pytest.approx(by_hand(loaded, ["<user> w1 w2 <bot> w3 "]), abs=1e-6)
+
+
+def test_models_that_are_no_reward_models(reward_model: Path, tmp_path: Path) -> None:
+    causal = tiny.save_model(tmp_path / "causal")
+    with pytest.raises(ConfigurationError, match="'causal', which is a LlamaForCausalLM, but wants"):
+        Rewards(str(causal), None, None, False)
+    model = LlamaForSequenceClassification.from_pretrained(reward_model, num_labels=2, ignore_mismatched_sizes=True)
+    for source in (model, str(tmp_path / "two")):
+        model.save_pretrained(tmp_path / "two")
+        with pytest.raises(ConfigurationError, match="has 2 labels, but wants one"):
+            Rewards(source, tiny.make_tokenizer(), None, False)
+    bare = tmp_path / "bare"
+    LlamaForSequenceClassification.from_pretrained(reward_model).save_pretrained(bare)
+    with pytest.raises(ConfigurationError, match="its tokenizer does not load"):
+        Rewards(str(bare), None, None, False)
+
+
+def test_a_users_model_is_given_back_as_it_was(reward_model: Path) -> None:
+    loaded = LlamaForSequenceClassification.from_pretrained(reward_model).train()
+    loaded.config.pad_token_id = 7
+    rewards = Rewards(loaded, tiny.make_tokenizer(), None, False)
+    with rewards.loaded(torch.device("cpu")):
+        assert not loaded.training
+    assert loaded.training
+    assert loaded.config.pad_token_id == 7
+
+
+def test_an_error_inside_a_model_names_it(reward_model: Path) -> None:
+    rewards = Rewards(str(reward_model), None, None, False)
+    with rewards.loaded(torch.device("cpu")):
+        rewards.rewards[0].model.forward = None
+        with pytest.raises(RewardError, match="Round 1: reward function 'tiny-reward' raised TypeError"):
+            rewards.judge("Round 1", ["w1 "], ["w2"], [[1]], {}, None)
 
 
 # ---- Rankers ----

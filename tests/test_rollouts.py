@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import random
@@ -18,6 +19,7 @@ from trl import DPOConfig, DPOTrainer
 
 from tests import tiny
 from trl_extras.errors import ConfigurationError
+from trl_extras.rollouts import judges
 from trl_extras.rollouts.judges import RewardError
 from trl_extras.rollouts.labels import WaitingForLabels
 from trl_extras.rollouts.sampling import TransformersSampler
@@ -596,7 +598,8 @@ def test_rollouts_of_other_weights_are_not_used(make: Any, base: Path, capsys: p
     trainer.train()
     rows = rollouts(trainer, "round-0000")
     with torch.no_grad():
-        assert "were of other weights and are sampled again" in capsys.readouterr().out
+        assert "were of other weights; they are set aside" in capsys.readouterr().out
+    assert (Path(trainer.args.output_dir) / "_rounds/rollouts/replaced-round-0000-1/rollouts.parquet").is_file()
     fresh = make("fresh", model=tiny.make_model(seed=8))
     fresh.train()
     assert rollouts(fresh, "round-0000") == rows
@@ -629,7 +632,7 @@ def test_damaged_rollouts_are_refused(make: Any, tmp_path: Path) -> None:
         make().train()
 
 
-@pytest.mark.parametrize("where", ["samples", "_trash-scores", "_trash-round-0000"])
+@pytest.mark.parametrize("where", ["samples", "_trash-scores"])
 def test_kills_while_batches_go_leave_nothing(
     where: str, make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -654,7 +657,206 @@ def test_kills_while_batches_go_leave_nothing(
             make("out", num_rounds=1, model=tiny.make_model(seed=5)).train()
     make("out", num_rounds=1, model=tiny.make_model(seed=5)).train(resume_from_checkpoint="last")
     left = {path.name for path in (tmp_path / "out" / "_rounds" / "rollouts").rglob("*")}
-    assert left == {"round-0000", "description.json", "manifest.json", "rollouts.parquet"}
+    assert left - {"replaced-round-0000-1"} == {"round-0000", "description.json", "manifest.json", "rollouts.parquet"}
+
+
+class Counting:
+    """A reward with a state that it is made with."""
+
+    def __init__(self, letter: str):
+        self.letter = letter
+
+    def __call__(self, completions: list[str], **kwargs: Any) -> list[float]:
+        return [float(text.count(self.letter)) for text in completions]
+
+
+def counting(completions: list[str], letter: str, **kwargs: Any) -> list[float]:
+    return [float(text.count(letter)) for text in completions]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [Counting, lambda letter: functools.partial(counting, letter=letter), "file"],
+    ids=["object", "partial", "file"],
+)
+def test_another_judge_of_the_same_name_is_refused(source: Any, make: Any, tmp_path: Path) -> None:
+    def named(letter: str) -> dict[str, Any]:
+        if source != "file":
+            return {"reward_funcs": source(letter)}
+        (tmp_path / letter).mkdir(exist_ok=True)
+        file = tmp_path / letter / "mine.py"
+        score = "def score(completions, **kw): return [float(c.count(LETTER)) for c in completions]"
+        file.write_text(f"LETTER = {letter!r}\n{score}\n")
+        return {"reward_funcs": None, "config_reward_funcs": [f"{file}:score"]}
+
+    make(**named("3"), save_strategy="epoch").train()
+    with pytest.raises(ConfigurationError, match=r"Round 1: the rollouts on disk .* were judged by another"):
+        make(**named("4"), save_strategy="epoch").train()
+    with pytest.raises(ConfigurationError, match="The run that is resumed was judged by"):
+        make(**named("4"), save_strategy="epoch", num_rounds=2).train(resume_from_checkpoint="last")
+    make(**named("3"), save_strategy="epoch").train()
+
+
+def test_a_resumed_run_keeps_its_rewards(make: Any) -> None:
+    make(save_strategy="epoch", round_data="reuse").train()
+    with pytest.raises(ConfigurationError, match="The run that is resumed was judged by threes, but"):
+        make(save_strategy="epoch", round_data="reuse", num_rounds=3, reward_funcs=words).train(
+            resume_from_checkpoint="last"
+        )
+
+
+def test_a_file_that_moved_is_the_same_judge(make: Any, tmp_path: Path) -> None:
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        file = tmp_path / folder / "mine.py"
+        file.write_text("def score(completions, **kw): return [float(len(c) % 5) for c in completions]\n")
+        make(reward_funcs=None, config_reward_funcs=[f"{file}:score"]).train()
+
+
+def test_a_sampled_round_leaves_a_checkpoint(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the default, a checkpoint every 500 steps, a kill in the second round would train the first one again."""
+    settings = {"save_strategy": "steps", "save_steps": 500}
+    whole = make("whole", **settings)
+    whole.train()
+    with monkeypatch.context() as patch:
+        interrupt(patch, "scores", 4)
+        with pytest.raises(Interrupted):
+            make("cut", **settings).train()
+    assert (tmp_path / "cut" / "checkpoint-3").is_dir()
+    resumed = make("cut", **settings)
+    steps: list[int] = []
+    original = resumed.training_step
+    resumed.training_step = lambda *args, **kwargs: steps.append(1) or original(*args, **kwargs)
+    resumed.train(resume_from_checkpoint="last")
+    assert len(steps) == 3
+    assert tiny.same_weights(whole.model, resumed.model)
+
+
+def test_a_finished_run_with_prompts_per_round_goes_on(make: Any) -> None:
+    """It keeps the folds that it began with."""
+    make(prompts_per_round=12, save_strategy="epoch").train()
+    trainer = make(prompts_per_round=12, save_strategy="epoch", num_rounds=3)
+    trainer.train(resume_from_checkpoint="last")
+    assert len(trainer.round_summaries) == 3
+
+
+def test_names_of_evaluation_sets_are_any(make: Any) -> None:
+    trainer = make(eval_dataset={"test-2024": make_prompts(3, seed=4), "x": tiny.make_pairs(4)}, num_rounds=1)
+    trainer.evaluate(trainer.eval_dataset["test-2024"], metric_key_prefix="eval_test-2024")
+    trainer.train()
+    trainer.save_model()
+    assert "| start (test-2024) |" in (Path(trainer.args.output_dir) / "README.md").read_text()
+
+
+def test_labels_are_never_removed(make: Any, tmp_path: Path) -> None:
+    rollouts_dir = tmp_path / "out" / "_rounds" / "rollouts"
+    with pytest.raises(WaitingForLabels):
+        make(ranker="external").train()
+    fill(rollouts_dir / "round-0000" / "labels.jsonl", by_threes)
+    with pytest.raises(WaitingForLabels):
+        make(ranker="external").train()
+    fill(rollouts_dir / "round-0001" / "labels.jsonl", by_threes)
+    filled = (rollouts_dir / "round-0001" / "labels.jsonl").read_text()
+    # Other weights: refused, with what to do.
+    with pytest.raises(ConfigurationError, match="are for samples of other weights"):
+        make(ranker="external", model=tiny.make_model(seed=8)).train()
+    (rollouts_dir / "round-0000" / "description.json").write_text("")
+    with pytest.raises(ConfigurationError, match="holds labels, but its description"):
+        make(ranker="external").train()
+    durable.remove(rollouts_dir / "round-0000")
+    # A shorter run: set aside.
+    with pytest.raises(WaitingForLabels):
+        make(ranker="external", num_rounds=1, round_data="split").train()
+    assert (rollouts_dir / "replaced-round-0001-1" / "labels.jsonl").read_text() == filled
+
+
+def test_label_files_of_other_programs(make: Any, tmp_path: Path) -> None:
+    with pytest.raises(WaitingForLabels):
+        make(ranker="external", num_rounds=1).train()
+    path = tmp_path / "out" / "_rounds" / "rollouts" / "round-0000" / "labels.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    text = "\r\n".join(json.dumps({"id": row["id"], "chosen": 1.0, "rejected": 0.0}) for row in rows)
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(ConfigurationError, match="is not UTF-8"):
+        make(ranker="external", num_rounds=1).train()
+    path.write_bytes(text.encode("utf-8-sig"))
+    trainer = make(ranker="external", num_rounds=1)
+    trainer.train()
+    assert trainer.round_summaries[0]["pairs"] == 6
+
+
+def test_of_several_rewards_none_is_asked_again(make: Any) -> None:
+    """The paid one has answered when the other fails on the same batch."""
+    asked: list[Any] = []
+    broken = True
+
+    def paid(
+        prompts: list[str], completions: list[str], log_extra: Any, log_metric: Any, **kwargs: Any
+    ) -> list[float]:
+        asked.append(tuple(completions))
+        log_extra("seen", [{"n": len(text)} for text in completions])
+        log_metric("calls", 1.0)
+        return threes(completions)
+
+    def fails(completions: list[str], **kwargs: Any) -> list[float]:
+        if broken:
+            raise ConnectionError("later")
+        return words(completions)
+
+    async def paid_too(completions: list[str], **kwargs: Any) -> list[float]:
+        asked.append(("too", *completions))
+        return threes(completions)
+
+    async def fails_too(completions: list[str], **kwargs: Any) -> list[float]:
+        return fails(completions)
+
+    for name, judged in (("plain", [paid, fails]), ("async", [fails_too, paid_too])):
+        asked.clear()
+        broken = True
+        with pytest.raises(RewardError, match="ConnectionError"):
+            make(name, reward_funcs=judged, num_rounds=1).train()
+        assert len(asked) == 1
+        broken = False
+        trainer = make(name, reward_funcs=judged, num_rounds=1)
+        trainer.train()
+        assert len(asked) == len(set(asked))
+        if name == "plain":
+            assert rollouts(trainer, "round-0000")[0]["extra_seen"][0]["n"] >= 0
+            assert trainer.round_summaries[0]["metrics"] == {"calls": 1.0}
+
+
+def test_a_slow_process_finds_what_a_fast_one_wrote(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches go when all processes have read them: there is a barrier between."""
+    events: list[str] = []
+    get, discard = RolloutStore.get, RolloutStore._discard_batches
+
+    def waits(self: Any) -> None:
+        events.append("wait")
+
+    trainer = make(num_rounds=1)
+    monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", lambda: events.append("wait"))
+    monkeypatch.setattr(RolloutStore, "get", lambda *args: events.append("read") or get(*args))
+    monkeypatch.setattr(RolloutStore, "_discard_batches", lambda self: events.append("go") or discard(self))
+    trainer.train()
+    last_read = max(i for i, event in enumerate(events) if event == "read")
+    assert "wait" in events[last_read : events.index("go", last_read)]
+
+
+def test_evaluating_after_an_exception(make: Any) -> None:
+    with pytest.raises(WaitingForLabels):
+        (trainer := make(ranker="external")).train()
+    assert trainer.evaluate(make_prompts(4, seed=4))["eval_prompts"] == 4
+
+
+def test_empty_completions_of_different_tokens_are_no_pair(make: Any) -> None:
+    trainer = make(reward_funcs=draws, num_rounds=1)
+
+    def pads_and_ends(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(output, -50.0).index_fill(-1, torch.tensor([0, 1]), 50.0)
+
+    trainer.model.lm_head.register_forward_hook(pads_and_ends)
+    with pytest.raises(ConfigurationError, match="not one pair"):
+        trainer.train()
 
 
 def test_rollouts_of_a_longer_run_of_before_go(make: Any, tmp_path: Path) -> None:
@@ -674,7 +876,8 @@ def test_an_edited_reward_is_told_of(make: Any, monkeypatch: pytest.MonkeyPatch,
     import transformers
 
     make(num_rounds=1).train()
-    monkeypatch.setattr("trl_extras.rollouts.judges._source_hash", lambda function: "another")
+    identity = judges._function_identity
+    monkeypatch.setattr(judges, "_function_identity", lambda function: {**identity(function), "content": "edited"})
     transformers.utils.logging.enable_propagation()
     try:
         make(num_rounds=1).train()
@@ -780,7 +983,11 @@ def test_waiting_again_without_labels(make: Any) -> None:
         (lambda rows: [{**r, "rewards": [0, 1, 2], "chosen": 1} for r in rows], "has both `rewards` and"),
         (lambda rows: [*rows, {**rows[0], "rewards": [0, 1, 2]}], "line 7: `id`.*has come before"),
         (lambda rows: [{**r, "completions": ["other"] * 3, "rewards": [0, 1, 2]} for r in rows],
-         "not those that were"),
+         "line 1: `completions` is not what was sampled"),
+        (lambda rows: [{**r, "prompt": "other", "rewards": [0, 1, 2]} for r in rows],
+         "line 1: `prompt` is not what was sampled"),
+        (lambda rows: [{**r, "rewards": [0, 1, 10**400]} for r in rows], "line 1: `rewards`"),
+        (lambda rows: [{**r, "id": [1], "rewards": [0, 1, 2]} for r in rows], "line 1: `id`"),
     ],
 )  # fmt: skip
 def test_a_label_file_is_refused_by_row(change: Any, said: str, make: Any, tmp_path: Path) -> None:
@@ -843,6 +1050,15 @@ def test_a_label_file_may_be_stripped_and_shuffled(make: Any, tmp_path: Path) ->
         ({"num_rounds": 1, "load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
          "`load_best_model_at_end=True` does not work with rows that are sampled"),
         ({"num_rounds": 1, "optimizers": (None, object())}, "does not work with rows that are sampled"),
+        ({"ranker": lambda **kw: None, "config_reward_funcs": ["math:sqrt"]}, "`reward_funcs` and `ranker` are both"),
+        ({"config_ranker": "math:sqrt"}, "`reward_funcs` and `ranker` are both given"),
+        ({"ranker": lambda **kw: None, "reward_weights": [1.0]},
+         "`reward_weights` is given, but a ranker"),
+        ({"eval_dataset": make_prompts(3), "metric_for_best_model": "reward"}, "needs a metric of every evaluation"),
+        ({"eval_dataset": make_prompts(3), "save_strategy": "best", "eval_strategy": "epoch"}, "needs a metric of every"),
+        ({"eval_dataset": make_prompts(3).to_iterable_dataset()}, "streams, but its prompts"),
+        ({"eval_dataset": make_prompts(3).select([])}, "is empty, but wants"),
+        ({"data": make_prompts(24, prompt_ids=[[5]] * 24)}, "has a column `prompt_ids`"),
         ({"ranker": "external", "save_only_model": True}, "`save_only_model=True` leaves nothing to go on from"),
     ],
 )  # fmt: skip

@@ -110,6 +110,16 @@ def test_draws_what_generate_draws(model: Any) -> None:
         assert all(token == 0 for token in row[len(completion.ids) :])
 
 
+def test_padding_is_not_penalised(model: Any) -> None:
+    """Where it is EOS too, the end of a completion would depend on its neighbours' prompts."""
+    penalised = settings(repetition_penalty=3.0, pad_token_id=1)
+    groups = TransformersSampler(model, penalised)(PROMPTS, 6, seed=2)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for completion in group:
+            expected = log_probability(model, prompt, completion.ids, repetition_penalty=3.0)
+            assert completion.logp == pytest.approx(expected, abs=2e-4)
+
+
 def test_nothing_of_the_checkpoints_own_settings_leaks_in(model: Any) -> None:
     clean = TransformersSampler(model, settings(temperature=0.9))(PROMPTS, 3, seed=1)
     own = model.generation_config

@@ -135,7 +135,7 @@ def test_our_names_hide_nothing_of_upstreams_by_accident() -> None:
         APOTrainer: {*_compat.OVERRIDDEN_DPO_METHODS, "create_model_card", "_name", "_paper", "_tag_names"},
     }  # fmt: skip
     set_on_purpose = {
-        RoundsTrainer: {"args", "train_dataset", "lr_scheduler"},
+        RoundsTrainer: {"args", "train_dataset", "lr_scheduler", "is_in_train"},
         RolloutsTrainer: set(),
         APOTrainer: {*_compat.DPO_ATTRIBUTES, "eval_dataset"} - {"precompute_ref_logps"},
     }

@@ -184,11 +184,12 @@ def sample_tables(summaries: list[dict[str, Any]]) -> str:
         parts.append(_markdown(_SAMPLE_COLUMNS, [{**row, "round": row["round"] + 1} for row in summaries]))
     measured = [("start", summaries[0].get("heldout_start"), None)] if summaries else []
     measured += [(row["round"] + 1, row.get("heldout_iterate"), row.get("heldout_extrapolated")) for row in summaries]
-    rows = [
-        {"round": name, **_heldout(now), **{f"{key}_next": value for key, value in _heldout(following).items()}}
-        for name, now, following in measured
-        if now or following
-    ]
+    rows = []
+    for name, now, following in measured:
+        for which in _sets(now or following or {}):
+            what, later = _heldout(now, which), _heldout(following, which)
+            title = f"{name} ({which[:-1]})" if which else name
+            rows.append({"round": title, **what, **{f"{key}_next": value for key, value in later.items()}})
     if rows:
         parts.append(_markdown(_HELDOUT_COLUMNS, rows))
     return "".join(f"\n{part}\n" for part in parts)
@@ -214,12 +215,17 @@ def _sampled(trainer: Any) -> str:
     )
 
 
-def _heldout(measured: dict[str, Any] | None) -> dict[str, Any]:
-    """What held-out prompts showed, its reward with the error; of several sets the card shows none."""
+def _sets(measured: dict[str, Any]) -> list[str]:
+    """The prefixes of the sets of held-out prompts: none for a single one, its name and `_` for each of several."""
+    return [key.removesuffix("prompts") for key in measured if key == "prompts" or key.endswith("_prompts")]
+
+
+def _heldout(measured: dict[str, Any] | None, prefix: str) -> dict[str, Any]:
+    """What a set of held-out prompts showed, its reward with the error."""
     measured = measured or {}
-    found = {key: measured.get(key) for key in ("distinct_bigrams", "share_cut", "mean_length")}
-    if "reward" in measured:
-        found["reward"] = f"{measured['reward']:.4g} ± {measured['reward_error']:.2g}"
+    found = {key: measured.get(prefix + key) for key in ("distinct_bigrams", "share_cut", "mean_length")}
+    if prefix + "reward" in measured:
+        found["reward"] = f"{measured[prefix + 'reward']:.4g} ± {measured[prefix + 'reward_error']:.2g}"
     return found
 
 

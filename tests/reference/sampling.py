@@ -28,9 +28,7 @@ def sampling_distribution(
     """
     values = [float(value) for value in logits]
     for token in set(before):
-        values[token] = (
-            values[token] / repetition_penalty if values[token] > 0 else values[token] * repetition_penalty
-        )
+        values[token] = values[token] / repetition_penalty if values[token] > 0 else values[token] * repetition_penalty
     values = [value / temperature for value in values]
     kept = set(range(len(values)))
     if top_k:

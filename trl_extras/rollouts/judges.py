@@ -6,6 +6,7 @@ up and imported here, and nowhere else.
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import gc
 import importlib
@@ -14,6 +15,7 @@ import inspect
 import math
 import numbers
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -47,7 +49,10 @@ def load_function(field: str, name: str) -> Callable[..., Any]:
     Raises:
         ValueError: saying which part failed: the file, the module, the name inside it, or that it is no function.
     """
-    where, _, attribute = name.rpartition(":")
+    where, colon, attribute = name.rpartition(":")
+    if not colon and "." in name:
+        # TRL's own form, with a dot before the function.
+        where, _, attribute = name.rpartition(".")
     if not where or not attribute:
         raise ConfigurationError(
             f"`{field}` has {name!r}, but wants package.module:function or path/to/file.py:function."
@@ -114,8 +119,13 @@ def public_name(name: str) -> str:
     """A name given as text without the folders of this machine, for cards, manifests and tables."""
     where, colon, attribute = name.rpartition(":")
     if colon:
-        return f"{Path(where).name if where.endswith('.py') else where}:{attribute}"
-    return Path(name).name if Path(name).is_dir() or Path(name).is_absolute() else name
+        return f"{_last_part(where) if where.endswith('.py') else where}:{attribute}"
+    return _last_part(name) if Path(name).is_dir() or Path(name).is_absolute() else name
+
+
+def _last_part(path: str) -> str:
+    """Of a path of any system."""
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
 
 
 def _callable_name(function: Any) -> str:
@@ -124,21 +134,76 @@ def _callable_name(function: Any) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-def _is_async(function: Any) -> bool:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+def _hash(*parts: Any) -> str:
+    return xxhash.xxh3_64_hexdigest(repr(parts).encode())
 
 
-def _source_hash(function: Any) -> str | None:
-    """Tells an edited function from the one that made scores on disk; None where there is no source to look at."""
+def _function_identity(function: Any) -> dict[str, str]:
+    """
+    Which function has answered, as hashes that name no path: `where` it is and with what arguments or state it was
+    made, and the `content` of its source. One may change and it is still the same (a moved file, an edit), but not
+    both.
+    """
+    arguments: list[str] = []
     while isinstance(function, functools.partial):
+        arguments += [_stable(function.args), _stable(sorted(function.keywords.items()))]
         function = function.func
+    plain = inspect.isroutine(function)
+    owner = function if plain else type(function)
+    if not plain:
+        arguments.append(_stable(sorted(vars(function).items()) if hasattr(function, "__dict__") else ()))
     try:
-        source = inspect.getsource(function if inspect.isroutine(function) else type(function))
+        file = str(Path(inspect.getfile(owner)).resolve())
     except (OSError, TypeError):
-        return None
-    return xxhash.xxh3_64_hexdigest(source.encode())
+        file = ""
+    try:
+        source = inspect.getsource(owner)
+    except (OSError, TypeError):
+        source = ""
+    if file.endswith(".py") and Path(file).is_file() and getattr(owner, "__module__", "").startswith("_trl_extras_"):
+        # A file of the user's: constants beside the function count as well.
+        source = Path(file).read_text(encoding="utf-8", errors="replace")
+    module = "" if file else getattr(owner, "__module__", "")
+    return {
+        "where": _hash(file, module, getattr(owner, "__qualname__", ""), arguments),
+        "content": _hash(source, arguments),
+    }
+
+
+def _stable(value: Any) -> str:
+    """What a value looks like, without the addresses of objects in memory."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+
+
+def _model_identity(path: str | None, model: Any) -> dict[str, str]:
+    """As `_function_identity`, of a reward model, by its id or folder, or loaded."""
+    if model is not None:
+        digest = xxhash.xxh3_64()
+        for name, parameter in model.named_parameters():
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return {"where": digest.hexdigest(), "content": digest.hexdigest()}
+    folder = Path(str(path))
+    if not folder.is_dir():
+        return {"where": _hash(path), "content": _hash(path)}
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
+    content = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return {"where": _hash(str(folder.resolve())), "content": _hash(content)}
+
+
+def same_judges(now: dict[str, dict[str, str]], before: dict[str, dict[str, str]]) -> tuple[list[str], list[str]]:
+    """Which judges are other ones than before, and which are the same but edited."""
+    other, edited = [], []
+    for name, identity in now.items():
+        known = before.get(name)
+        if known is None or known == identity:
+            continue
+        where, content = (identity[key] == known.get(key) for key in ("where", "content"))
+        if not where and not content:
+            other.append(name)
+        elif where:
+            edited.append(name)
+    return other, edited
 
 
 # ---- Async functions ----
@@ -164,6 +229,16 @@ def _wait_for(work: Coroutine[Any, Any, Any]) -> Any:
         raise
 
 
+async def _caught(work: Any) -> tuple[Any, BaseException | None]:
+    """
+    What was awaited, or what it raised: a SystemExit inside the loop would end its thread, and nobody would know.
+    """
+    try:
+        return await work, None
+    except BaseException as error:
+        return None, error
+
+
 # ---- Rewards ----
 
 
@@ -174,6 +249,9 @@ class Reward:
         self.model_id: str | None = None
         self.model: Any = None
         self.function: Any = None
+        self._home: torch.device | None = None
+        self._before: tuple[bool, Any] | None = None
+        self._identity: dict[str, str] | None = None
         self._tokenizer_id: str | None = None
         self.processing_class = processing_class
         self.trust_remote_code = trust_remote_code
@@ -195,11 +273,49 @@ class Reward:
             raise ConfigurationError(
                 f"`{field}` has a {type(source).__name__}, but wants functions, models, or their names."
             )
-        if self.function is not None:
-            self.asynchronous = _is_async(self.function)
-            self.source_hash = _source_hash(self.function)
-        else:
-            self.asynchronous, self.source_hash = False, None
+        if self.model is not None:
+            self._check_config(field, self.name, self.model.config)
+        if self.function is None and self.processing_class is None:
+            self._load_tokenizer(field)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Which reward this is, as hashes; see `same_judges`."""
+        if self._identity is None:
+            if self.function is not None:
+                self._identity = _function_identity(self.function)
+            else:
+                self._identity = _model_identity(self.model_id, self.model)
+        return self._identity
+
+    def _check_config(self, field: str, text: str, config: Any) -> None:
+        """A model with another head would be given a random one when it is loaded, and score at random."""
+        heads = getattr(config, "architectures", None) or []
+        if heads and not any("SequenceClassification" in head or "Reward" in head for head in heads):
+            raise ConfigurationError(
+                f"`{field}` has {public_name(text)!r}, which is a {heads[0]}, but wants a model for sequence "
+                "classification with one label, or a function."
+            )
+        labels = getattr(config, "num_labels", 1)
+        if labels != 1:
+            raise ConfigurationError(
+                f"`{field}` has {public_name(text)!r}, whose model has {labels} labels, but wants one: its single "
+                "logit is the "
+                "reward. Name a function of your own that makes a reward of several."
+            )
+
+    def _load_tokenizer(self, field: str) -> None:
+        try:
+            self.processing_class = AutoTokenizer.from_pretrained(
+                self._tokenizer_id, trust_remote_code=self.trust_remote_code
+            )
+        except Exception as error:
+            first = str(error).strip().split("\n")[0]
+            raise ConfigurationError(
+                f"`{field}` has {self.name!r}, but its tokenizer does not load ({type(error).__name__}: {first}): "
+                "pass "
+                "it as `reward_processing_classes`."
+            ) from error
 
     def _resolve(self, text: str, field: str) -> None:
         import trl.rewards
@@ -214,9 +330,7 @@ class Reward:
         elif text.endswith("_reward") and not text.startswith("get_") and hasattr(trl.rewards, text):
             self.function, self.name = getattr(trl.rewards, text), text
         elif "." in text and "/" not in text and not Path(text).is_dir():
-            # TRL's own form, with a dot before the function.
-            module, _, function = text.rpartition(".")
-            self.function, self.name = load_function(field, f"{module}:{function}"), function
+            self.function, self.name = load_function(field, text), text.rpartition(".")[2]
         else:
             self.model_id = self._tokenizer_id = text
             self.name = text.rstrip("/").split("/")[-1]
@@ -229,7 +343,7 @@ class Reward:
                     f"configuration does not load ({type(error).__name__}: {first}). A function is named "
                     "package.module:function or path/to/file.py:function."
                 ) from error
-            del config
+            self._check_config(field, text, config)
 
     def load(self, device: torch.device) -> None:
         """Bring a model into memory and onto the device."""
@@ -240,11 +354,8 @@ class Reward:
         if self.model is None:
             return
         self._home = next(self.model.parameters()).device
+        self._before = (self.model.training, self.model.config.get_text_config().pad_token_id)
         self.model.to(device).eval()
-        if self.processing_class is None:
-            self.processing_class = AutoTokenizer.from_pretrained(
-                self._tokenizer_id, trust_remote_code=self.trust_remote_code
-            )
         if self.processing_class.pad_token_id is None:
             self.processing_class.pad_token = self.processing_class.eos_token
         # A reward model reads the last token that is not padding.
@@ -254,8 +365,9 @@ class Reward:
         """Let a model go: one loaded by id is gone after its phase, the user's own returns to where it was."""
         if self.model_id is not None:
             self.model = None
-        elif self.model is not None:
-            self.model.to(self._home)
+        elif self.model is not None and self._home is not None and self._before is not None:
+            self.model.to(self._home).train(self._before[0])
+            self.model.config.get_text_config().pad_token_id = self._before[1]
 
     @torch.inference_mode()
     def score_with_model(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
@@ -287,7 +399,18 @@ class Judgement:
         self.extras.setdefault(str(column), []).extend(values)
 
     def log_metric(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise ValueError(f"log_metric({name!r}, {value}) wants a finite number")
         self.metrics.setdefault(str(name), []).append(float(value))
+
+    def check_extras(self, where: str, name: str, number: int) -> None:
+        for column, values in self.extras.items():
+            if len(values) != number:
+                raise JudgementError(
+                    f"{where}: reward function {name!r} gave {len(values)} values to `log_extra({column!r}, ...)` "
+                    f"for {number} "
+                    "completions: give one each."
+                )
 
 
 class Rewards:
@@ -325,11 +448,13 @@ class Rewards:
             for source, processing_class in zip(sources, processing_classes, strict=True)
         ]
         self.weights = [1.0] * len(sources) if weights is None else [float(weight) for weight in weights]
-        seen: dict[str, int] = {}
+        taken: set[str] = set()
         for reward in self.rewards:
-            seen[reward.name] = seen.get(reward.name, 0) + 1
-            if seen[reward.name] > 1:
-                reward.name = f"{reward.name}_{seen[reward.name]}"
+            plain, number = reward.name, 1
+            while reward.name in taken:
+                number += 1
+                reward.name = f"{plain}_{number}"
+            taken.add(reward.name)
 
     @property
     def names(self) -> list[str]:
@@ -339,9 +464,9 @@ class Rewards:
         """What scores on disk are compared with."""
         return {"rewards": self.names, "reward_weights": self.weights}
 
-    def sources(self) -> dict[str, str | None]:
-        """A hash of each function's source, to notice an edit."""
-        return {reward.name: reward.source_hash for reward in self.rewards}
+    def identities(self) -> dict[str, dict[str, str]]:
+        """Which rewards these are; see `same_judges`."""
+        return {reward.name: reward.identity for reward in self.rewards}
 
     @contextmanager
     def loaded(self, device: torch.device) -> Iterator[None]:
@@ -366,6 +491,8 @@ class Rewards:
         completion_ids: Sequence[Sequence[int]],
         columns: dict[str, list[Any]],
         trainer_state: Any,
+        known: dict[str, Any] | None = None,
+        keep: Callable[[str, Any], None] | None = None,
     ) -> Judgement:
         """
         The rewards of a batch, each (completions,), None where a function does not apply.
@@ -373,55 +500,73 @@ class Rewards:
         Args:
             where: the round, for errors.
             columns: the dataset's further columns, repeated for each completion.
+            known: what rewards have answered for this batch before another one failed, by name, as `keep` was given
+            it. keep: told what each reward answers, as soon as it has.
 
         Raises:
             RewardError: a function raised.
             ValueError: an answer of the wrong length or type, nan, infinite, or none for a completion.
         """
-        judgement = Judgement()
-        arguments = {
-            **columns,
-            "prompts": list(prompts),
-            "completions": list(completions),
-            "completion_ids": [list(ids) for ids in completion_ids],
-            "trainer_state": trainer_state,
-            "log_extra": judgement.log_extra,
-            "log_metric": judgement.log_metric,
-        }
-        answers: dict[str, Any] = {}
-        waiting = []
+        judgement, known = Judgement(), dict(known or {})
+        number = len(completions)
+
+        def arguments(part: Judgement) -> dict[str, Any]:
+            # Copies: what one function does to its lists is no business of the next one's.
+            return {
+                **{name: [copy.deepcopy(value) for value in values] for name, values in columns.items()},
+                "prompts": [copy.deepcopy(prompt) for prompt in prompts],
+                "completions": [copy.deepcopy(completion) for completion in completions],
+                "completion_ids": [list(ids) for ids in completion_ids],
+                "trainer_state": trainer_state,
+                "log_extra": part.log_extra,
+                "log_metric": part.log_metric,
+            }
+
+        def take(reward: Reward, part: Judgement, answer: Any) -> None:
+            values = _checked(where, reward.name, answer, number)
+            part.check_extras(where, reward.name, number)
+            known[reward.name] = {"values": values, "extras": part.extras, "metrics": part.metrics}
+            if keep is not None:
+                keep(reward.name, known[reward.name])
+
+        waiting: list[tuple[Reward, Judgement, Any]] = []
         for reward in self.rewards:
-            if reward.model is not None:
-                answers[reward.name] = reward.score_with_model(prompts, completions)
-            elif reward.asynchronous:
-                waiting.append(reward)
+            if reward.name in known:
+                continue
+            part = Judgement()
+            with _naming(where, "reward function", reward.name):
+                if reward.model is not None:
+                    answer = reward.score_with_model(prompts, completions)
+                else:
+                    answer = reward.function(**arguments(part))
+            if inspect.isawaitable(answer):
+                waiting.append((reward, part, answer))
             else:
-                with _naming(where, "reward function", reward.name):
-                    answers[reward.name] = reward.function(**arguments)
+                take(reward, part, answer)
         if waiting:
 
-            async def ask(reward: Reward) -> Any:
+            async def ask_all() -> list[tuple[Any, BaseException | None]]:
+                return await asyncio.gather(*(_caught(answer) for *_, answer in waiting))
+
+            failed: list[tuple[Reward, BaseException]] = []
+            for (reward, part, _), (answer, error) in zip(waiting, _wait_for(ask_all()), strict=True):
+                if error is None:
+                    take(reward, part, answer)
+                else:
+                    failed.append((reward, error))
+            for reward, error in failed:
                 with _naming(where, "reward function", reward.name):
-                    return await reward.function(**arguments)
-
-            async def ask_all() -> list[Any]:
-                return await asyncio.gather(*(ask(reward) for reward in waiting))
-
-            for reward, answer in zip(waiting, _wait_for(ask_all()), strict=True):
-                answers[reward.name] = answer
+                    raise error
         for name in self.names:
-            judgement.values[name] = _checked(where, name, answers[name], len(completions))
+            judgement.values[name] = known[name]["values"]
+            judgement.extras |= known[name]["extras"]
+            for metric, values in known[name]["metrics"].items():
+                judgement.metrics.setdefault(metric, []).extend(values)
         for index in range(len(completions)):
             if all(judgement.values[name][index] is None for name in self.names):
                 raise JudgementError(
                     f"{where}: no reward function applies to this completion ({', '.join(self.names)} all gave None): "
                     f"prompt {_short(prompts[index])}, completion {_short(completions[index])}. At least one has to."
-                )
-        for column, values in judgement.extras.items():
-            if len(values) != len(completions):
-                raise JudgementError(
-                    f"{where}: `log_extra({column!r}, ...)` got {len(values)} values for {len(completions)} "
-                    "completions: give one each."
                 )
         return judgement
 
@@ -436,7 +581,7 @@ class Ranker:
     def __init__(self, source: Any):
         if isinstance(source, str):
             self.function: Any = load_function("ranker", source)
-            self.name = source.rpartition(":")[2]
+            self.name = source.replace(":", ".").rpartition(".")[2]
         elif callable(source):
             self.function, self.name = source, _callable_name(source)
         else:
@@ -445,16 +590,23 @@ class Ranker:
     def to_dict(self) -> dict[str, Any]:
         return {"ranker": self.name}
 
-    def sources(self) -> dict[str, str | None]:
-        return {self.name: _source_hash(self.function)}
+    def identities(self) -> dict[str, dict[str, str]]:
+        """Which ranker this is; see `same_judges`."""
+        return {self.name: _function_identity(self.function)}
 
     def judge(
         self, where: str, prompts: Sequence[Any], completions: Sequence[Sequence[Any]], columns: dict[str, list[Any]]
     ) -> list[tuple[int, int] | None]:
         """The best and the worst completion of each prompt, or None for a tie."""
-        arguments = {**columns, "prompts": list(prompts), "completions": [list(group) for group in completions]}
+        arguments = copy.deepcopy(
+            {**columns, "prompts": list(prompts), "completions": [list(group) for group in completions]}
+        )
         with _naming(where, "ranker", self.name):
-            answer = _wait_for(self.function(**arguments)) if _is_async(self.function) else self.function(**arguments)
+            answer = self.function(**arguments)
+            if inspect.isawaitable(answer):
+                answer, failure = _wait_for(_caught(answer))
+                if failure is not None:
+                    raise failure
         try:
             orders = list(answer)
         except TypeError:
@@ -492,7 +644,7 @@ def _naming(where: str, kind: str, name: str) -> Iterator[None]:
     """Say where and in which function of the user's an error came up; its own traceback stays with it."""
     try:
         yield
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
         raise RewardError(
             f"{where}: {kind} {name!r} raised {type(error).__name__}: {error}. What it answered before is kept: mend "
             "it "
@@ -503,6 +655,8 @@ def _naming(where: str, kind: str, name: str) -> Iterator[None]:
 def _checked(where: str, name: str, answer: Any, expected: int) -> list[float | None]:
     """The answer of a reward function as floats and Nones."""
     try:
+        if isinstance(answer, (str, bytes, dict, set)):
+            raise TypeError
         values = list(answer)
     except TypeError:
         raise JudgementError(

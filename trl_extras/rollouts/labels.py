@@ -75,7 +75,7 @@ def read_labels(
     result: dict[int, tuple[list[float] | None, tuple[int, int] | None]] = {}
     empty = []
     for number, row in filled:
-        waiting = wanted.get(row.get("id", ""))
+        waiting = wanted.get(str(row.get("id")))
         if not waiting:
             raise ConfigurationError(
                 f"{where}, line {number}: `id` is {row.get('id')!r}, which is none of this round's, or has come "
@@ -84,10 +84,11 @@ def read_labels(
             )
         index = waiting.pop(0)
         group = completions[index]
-        if "completions" in row and list(row["completions"] or []) != list(group):
-            raise ConfigurationError(
-                f"{where}, line {number}: `completions` are not those that were sampled: leave them as they are."
-            )
+        for name, ours in (("completions", list(group)), ("prompt", prompts[index])):
+            if name in row and row[name] != ours:
+                raise ConfigurationError(
+                    f"{where}, line {number}: `{name}` is not what was sampled: leave it as it is, or away."
+                )
         if all(row.get(name) is None for name in ("rewards", "chosen", "rejected")):
             empty.append(number)
         else:
@@ -118,6 +119,8 @@ def _label(row: dict[str, Any], number: int, where: str) -> tuple[list[float] | 
             )
         values = [float(reward) for reward in rewards]
         return values, best_and_worst(values)
+    # A table program may have written 1 as 1.0.
+    chosen, rejected = (int(i) if isinstance(i, float) and i == i // 1 else i for i in (chosen, rejected))
     if chosen == rejected == _TIE:
         return None, None
     indices = (chosen, rejected)
@@ -134,7 +137,10 @@ def _label(row: dict[str, Any], number: int, where: str) -> tuple[list[float] | 
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _first(numbers: Sequence[int]) -> str:

@@ -44,11 +44,11 @@ class SamplingSettings:
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "stop_token_ids": list(self.stop_token_ids)}
 
-    def processors(self) -> LogitsProcessorList:
-        """In the order in which transformers applies them."""
+    def processors(self, mask: Tensor | None = None) -> LogitsProcessorList:
+        """In the order in which transformers applies them; `mask` is that of the prompts, (sequences, tokens)."""
         found: list[LogitsProcessor] = []
         if self.repetition_penalty != 1:
-            found.append(RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
+            found.append(_PenaltyOnText(self.repetition_penalty, mask))
         if self.temperature != 1:
             found.append(TemperatureLogitsWarper(self.temperature))
         if self.top_k > 0:
@@ -58,6 +58,25 @@ class SamplingSettings:
         if self.min_p is not None:
             found.append(MinPLogitsWarper(self.min_p))
         return LogitsProcessorList(found)
+
+
+class _PenaltyOnText(LogitsProcessor):
+    """
+    The repetition penalty without that on padding: where the padding token is EOS too, it would make a completion's
+    end depend on how long its neighbours' prompts are.
+    """
+
+    def __init__(self, penalty: float, mask: Tensor | None):
+        self._penalty = RepetitionPenaltyLogitsProcessor(penalty)
+        self._mask = mask
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if self._mask is not None:
+            # Padding is on the left, so the last prompt token is one of text; that it occurs twice changes nothing.
+            length = self._mask.shape[1]
+            prompt = torch.where(self._mask.bool(), input_ids[:, :length], input_ids[:, length - 1 : length])
+            input_ids = torch.cat([prompt, input_ids[:, length:]], dim=1)
+        return self._penalty(input_ids, scores)
 
 
 class NucleusFilter(LogitsProcessor):
@@ -199,7 +218,7 @@ class TransformersSampler:
         pad = self.settings.pad_token_id
         input_ids = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-        recorder = _Recorder()
+        repeated, recorder = mask.repeat_interleave(num, dim=0), _Recorder()
         config = GenerationConfig(
             do_sample=True,
             # The processors below do the rest; these are the values that transformers takes for "off".
@@ -219,7 +238,7 @@ class TransformersSampler:
                 input_ids=input_ids,
                 attention_mask=mask,
                 generation_config=config,
-                logits_processor=LogitsProcessorList([*self.settings.processors(), recorder]),
+                logits_processor=LogitsProcessorList([*self.settings.processors(repeated), recorder]),
             )
         sampled = sequences[:, longest:]
         return _split(sampled, recorder.finish(sequences)[:, : sampled.shape[1]], self.settings.stop_token_ids, num)

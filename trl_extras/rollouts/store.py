@@ -20,10 +20,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 from transformers.utils import logging
 
 from ..errors import ConfigurationError
 from ..rounds import durable
+from .judges import same_judges
 
 
 logger = logging.get_logger(__name__)
@@ -41,6 +43,14 @@ def folders_to_sweep(rollouts: Path) -> list[Path]:
     return [rollouts, *sets, *(path / part for path in sets for part in _PARTS)]
 
 
+def set_aside(folder: Path) -> None:
+    """Give a folder another name, which no run looks for, instead of removing it."""
+    number = 1
+    while (target := folder.with_name(f"replaced-{folder.name}-{number}")).exists():
+        number += 1
+    folder.rename(target)
+
+
 class RolloutStore:
     """
     One set of rollouts.
@@ -52,7 +62,7 @@ class RolloutStore:
         barrier: waits for all processes.
         name: what to call it in messages.
         replace: rollouts of other settings are removed too, instead of being refused: for measurements.
-        sources: a hash of each judging function's source, or None: an edit is no other configuration, but is told.
+        judges: which judges answer, by name; see `judges.same_judges`.
     """
 
     def __init__(
@@ -63,12 +73,12 @@ class RolloutStore:
         barrier: Callable[[], None],
         name: str,
         replace: bool = False,
-        sources: dict[str, str | None] | None = None,
+        judges: dict[str, dict[str, str]] | None = None,
     ):
         self.folder = folder
         self.description = json.loads(json.dumps({"version": STORE_VERSION, **description}))
         self.replace = replace
-        self.sources = sources or {}
+        self.judges = judges or {}
         self.write = write
         self.barrier = barrier
         self.name = name
@@ -77,53 +87,83 @@ class RolloutStore:
 
     def open(self) -> bool:
         """
-        Make the folder, or take the one that is there, if it belongs to the same weights and settings. Rollouts of
-        other weights are removed.
+        Make the folder, or take the one that is there, if it belongs to the same weights, settings and judges.
+        Rollouts of other weights are set aside.
 
         Returns:
-            Whether other rollouts have been removed.
+            Whether other rollouts have made room.
 
         Raises:
-            ValueError: there are rollouts of the same weights, but with other settings or prompts.
+            ValueError: as `check`.
         """
-        removed = False
-        found = self._found_description()
-        sources = found.pop("sources", {}) if found is not None else {}
+        found, replaced = self.check()
         # All have looked before anyone writes.
         self.barrier()
-        if found is not None and found != self.description:
-            other = [
-                name
-                for name in sorted(found.keys() | self.description.keys())
-                if found.get(name) != self.description.get(name)
-            ]
-            if not self.replace and ("policy" not in other or (self.folder / LABELS).exists()):
-                name = next((name for name in other if name != "policy"), "policy")
-                raise ConfigurationError(
-                    f"{self.name}: the rollouts on disk ({self._where()}) have `{name}` {_shown(found.get(name))}, "
-                    "but "
-                    f"now it is {_shown(self.description.get(name))}: set it back, remove that folder, or use another "
-                    "`output_dir`."
-                )
-            removed = True
-        if self.write and (found is None or removed):
+        if self.write and (found is None or replaced):
+            if replaced and not self.replace:
+                # Somebody may have paid for what was said of them.
+                set_aside(self.folder)
             durable.discard(self.folder)
             for part in _PARTS:
                 (self.folder / part).mkdir(parents=True, exist_ok=True)
-            durable.write_json(self.folder / _DESCRIPTION, {**self.description, "sources": self.sources})
-        elif self.write:
-            self._tell_of_edits(sources)
+            durable.write_json(self.folder / _DESCRIPTION, {**self.description, "judges": self.judges})
+        elif self.write and found is not None:
+            edited = same_judges(self.judges, found)[1]
+            if edited:
+                logger.warning(
+                    f"{self.name}: {', '.join(edited)} has been edited since it answered for the rollouts on disk; "
+                    "what "
+                    f"it answered is kept. Remove {self._where()} to sample and ask again."
+                )
         self.barrier()
-        return removed
+        return replaced
 
-    def _tell_of_edits(self, sources: dict[str, str | None]) -> None:
-        edited = [name for name, source in self.sources.items() if source and sources.get(name, source) != source]
-        if edited:
-            logger.warning(
-                f"{self.name}: {', '.join(edited)} has been edited since it answered for the rollouts on disk; what "
-                "it "
-                f"answered is kept. Remove {self._where()} to sample and ask again."
-            )
+    def check(self) -> tuple[dict[str, Any] | None, bool]:
+        """
+        Look at what is there without touching it.
+
+        Returns:
+            The judges of the rollouts on disk, or None if there are no rollouts; and whether they have to make room.
+
+        Raises:
+            ValueError: there are rollouts of the same weights, but with other settings, prompts or judges; or labels,
+                which are not removed.
+        """
+        found = self._found_description()
+        labelled = (self.folder / LABELS).exists()
+        if found is None:
+            if labelled:
+                raise ConfigurationError(
+                    f"{self.name}: {self._where()} holds labels, but its {_DESCRIPTION} is missing or unreadable, so "
+                    "that what they are for is unknown: move that folder away."
+                )
+            return None, False
+        known = found.pop("judges", {})
+        names = sorted(found.keys() | self.description.keys())
+        other = [name for name in names if found.get(name) != self.description.get(name)]
+        other_judges = same_judges(self.judges, known)[0]
+        if not self.replace:
+            if "policy" in other:
+                if labelled:
+                    raise ConfigurationError(
+                        f"{self.name}: the labels on disk ({self._where()}) are for samples of other weights: go on "
+                        "from "
+                        "the checkpoint before this round, with `resume_from_checkpoint='last'`, or move that folder "
+                        "away."
+                    )
+            elif other:
+                raise ConfigurationError(
+                    f"{self.name}: the rollouts on disk ({self._where()}) have `{other[0]}` "
+                    f"{_shown(found.get(other[0]))}, but now it is {_shown(self.description.get(other[0]))}: set it "
+                    "back, "
+                    "remove that folder, or use another `output_dir`."
+                )
+            elif other_judges:
+                raise ConfigurationError(
+                    f"{self.name}: the rollouts on disk ({self._where()}) were judged by another {other_judges[0]!r} "
+                    "than now: use that one, remove the folder to sample and ask again, or use another `output_dir`."
+                )
+        return known, bool(other or other_judges)
 
     def _found_description(self) -> dict[str, Any] | None:
         try:
@@ -144,6 +184,18 @@ class RolloutStore:
     def has(self, part: str, index: int) -> bool:
         """Whether a batch has been sampled (`samples`) or judged (`scores`)."""
         return self._shard(part, index).is_file()
+
+    def _answer_file(self, index: int, name: str) -> Path:
+        return self.folder / "scores" / f"{index:06d}-{xxhash.xxh3_64_hexdigest(name.encode())}.json"
+
+    def keep_answer(self, index: int, name: str, answer: dict[str, Any]) -> None:
+        """What one reward said of a batch, while others are still to be asked."""
+        durable.write_json(self._answer_file(index, name), json.loads(json.dumps(answer, default=str)))
+
+    def kept_answers(self, index: int, names: Sequence[str]) -> dict[str, Any]:
+        """What rewards said of a batch before another one failed."""
+        files = {name: self._answer_file(index, name) for name in names}
+        return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
 
     def put(self, part: str, index: int, rows: list[dict[str, Any]]) -> None:
         """Write a batch; afterwards it is all there or not at all, whatever happens."""
@@ -194,7 +246,8 @@ class RolloutStore:
         return manifest
 
     def finish(self, table: pa.Table, statistics: dict[str, Any]) -> None:
-        """Write the table and, last, the manifest; then the batches go."""
+        """Write the table and, last, the manifest; then the batches go. All processes have read them by then."""
+        self.barrier()
         if self.write:
             path = self.folder / TABLE
             partial = path.with_name(f"{durable.PARTIAL_PREFIX}{TABLE}")
@@ -215,9 +268,9 @@ class RolloutStore:
         for part in _PARTS:
             durable.discard(self.folder / part)
 
-    def table(self) -> pa.Table:
-        """The finished rollouts, a row a prompt."""
-        return pq.read_table(self.folder / TABLE)
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The finished rollouts, a row a prompt; all columns or some."""
+        return pq.read_table(self.folder / TABLE, columns=None if columns is None else list(columns))
 
     # ---- Labels from elsewhere ----
 
@@ -226,18 +279,26 @@ class RolloutStore:
         path = self.folder / LABELS
         if not path.is_file():
             return None
+        try:
+            # Some editors begin a file with a byte order mark.
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(
+                f"{self.name}: {self._where()}/{LABELS} is not UTF-8: save it as that."
+            ) from error
         rows = []
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    row = None
-                if not isinstance(row, dict):
-                    raise ConfigurationError(f"{self.name}: line {number} of {self._where()}/{LABELS} is not JSON.")
-                rows.append((number, row))
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise ConfigurationError(
+                    f"{self.name}: line {number} of {self._where()}/{LABELS} is not a JSON object in one line."
+                )
+            rows.append((number, row))
         return rows
 
     def write_labels(self, rows: Sequence[dict[str, Any]]) -> None:

@@ -7,7 +7,9 @@ which was killed goes on with the batch it was at.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,11 +29,11 @@ from ..rounds import durable
 from ..rounds.state import ROUNDS_DIR, RoundFolder
 from ..rounds.trainer import RoundsTrainer, rows_fingerprint
 from .config import EXTERNAL
-from .judges import Ranker, Rewards, public_name
+from .judges import JudgementError, Ranker, Rewards, public_name, same_judges
 from .labels import WaitingForLabels, label_rows, read_labels
 from .pairs import best_and_worst, combine, distinct_bigrams, mean_and_error
 from .sampling import Batch, SamplingSettings, TransformersSampler, batch_seed, plan_batches, stop_tokens
-from .store import LABELS, RolloutStore, folders_to_sweep
+from .store import LABELS, RolloutStore, folders_to_sweep, set_aside
 
 
 logger = logging.get_logger(__name__)
@@ -46,6 +48,8 @@ _STATISTICS = (
     "tokens_per_second", "reward_mean", "reward_best", "reward_worst", "pairs", "ties", "repeated", "empty", "rewards",
     "metrics",
 )  # fmt: skip
+# What a method makes its rows of.
+_ROW_COLUMNS = ("prompt_ids", "completion_ids", "logps", "reward", "chosen", "rejected")
 _TEXT_COLUMNS = {"prompt", "completion", "completions", "completion_ids", "prompt_ids"}
 
 
@@ -85,6 +89,7 @@ class RolloutsTrainer(RoundsTrainer):
         self._judge: Rewards | Ranker | str | None = None
         self._given_judges = (reward_funcs, reward_processing_classes, ranker)
         self._prompts_digest: str | None = None
+        self._evaluates_prompts = False
         super().__init__(*args, **kwargs)
 
     @property
@@ -109,18 +114,25 @@ class RolloutsTrainer(RoundsTrainer):
             if value is not None and getattr(config, name) is not None:
                 logger.warning(f"`{name}` is given to the trainer and in its config; the trainer's is used.")
         if reward_funcs is None:
-            reward_funcs = config.reward_funcs if ranker is None else None
+            reward_funcs = config.reward_funcs
         if ranker is None:
-            ranker = config.ranker if self._given_judges[0] is None else None
+            ranker = config.ranker
         if isinstance(reward_funcs, (list, tuple)) and not reward_funcs:
             reward_funcs = None
         if reward_funcs is not None and ranker is not None:
             raise ConfigurationError(
                 "`reward_funcs` and `ranker` are both given, but a pair is chosen by one of them: leave one away."
             )
+        for name, value in (
+            ("reward_weights", config.reward_weights),
+            ("reward_processing_classes", processing_classes),
+        ):
+            if ranker is not None and value is not None:
+                raise ConfigurationError(f"`{name}` is given, but a ranker gives no rewards: leave one away.")
         train, named = given.get("train_dataset"), _named(given.get("eval_dataset"))
         self._makes_rows = is_prompts(train)
         evaluated = [name for name, dataset in named.items() if is_prompts(dataset)]
+        self._evaluates_prompts = bool(evaluated)
         if not self._makes_rows and not evaluated:
             for name, value in (("reward_funcs", reward_funcs), ("ranker", ranker)):
                 if value is not None:
@@ -139,6 +151,8 @@ class RolloutsTrainer(RoundsTrainer):
                 "`reward_funcs` or `ranker`."
             )
         self._check_prompts(train, named, config)
+        if evaluated and len(evaluated) == len(named):
+            self._check_best_metric(config)
         if ranker is not None:
             self._judge = EXTERNAL if ranker == EXTERNAL else Ranker(ranker)
         else:
@@ -154,11 +168,43 @@ class RolloutsTrainer(RoundsTrainer):
                 "round: leave one away."
             )
 
+    @staticmethod
+    def _check_best_metric(config: Any) -> None:
+        """Prompts are measured at the ends of rounds, when upstream has long looked for its metric."""
+        strategy = str(getattr(config.save_strategy, "value", config.save_strategy))
+        for name, asked in (
+            ("load_best_model_at_end=True", config.load_best_model_at_end),
+            ("save_strategy='best'", strategy == "best"),
+            (f"metric_for_best_model={config.metric_for_best_model!r}", config.metric_for_best_model is not None),
+        ):
+            if asked:
+                raise ConfigurationError(
+                    f"`{name}` needs a metric of every evaluation, but `eval_dataset` holds prompts, which are "
+                    "measured at "
+                    "the ends of rounds: leave it away, and choose among the folders of `keep_iterates` by "
+                    "`rounds.jsonl`."
+                )
+
+    def _needs_rounds(self, config: Any) -> list[str]:
+        return super()._needs_rounds(config) + (["An `eval_dataset` of prompts"] if self._evaluates_prompts else [])
+
     def _check_prompts(self, train: Any, named: dict[str, Any], config: Any) -> None:
         sets = {f"eval_dataset {name!r}": dataset for name, dataset in named.items()} | {"train_dataset": train}
         for name, dataset in sets.items():
             if not is_prompts(dataset):
                 continue
+            if not isinstance(dataset, datasets.Dataset):
+                if name != "train_dataset":
+                    raise ConfigurationError(
+                        f"`{name}` streams, but its prompts are sampled for several times: load it without streaming."
+                    )
+                continue
+            if len(dataset) == 0:
+                raise ConfigurationError(f"`{name}` is empty, but wants at least one prompt.")
+            if "prompt_ids" in dataset.column_names:
+                raise ConfigurationError(
+                    f"`{name}` has a column `prompt_ids`, which is where the prompts' tokens go: give it another name."
+                )
             found = {"image", "images", "tools"} & set(dataset.column_names)
             if found:
                 raise ConfigurationError(
@@ -171,6 +217,9 @@ class RolloutsTrainer(RoundsTrainer):
                 f"cut at `max_length`, which is {config.max_length}: lower the one or raise the other."
             )
         if not self._makes_rows or not isinstance(train, datasets.Dataset):
+            return
+        if config.resume_from_checkpoint or self._read_run(Path(config.output_dir)) is not None:
+            # A run that goes on keeps the folds it began with: `_start_run` knows them.
             return
         share = len(train) // config.num_rounds if config.round_data == "split" else len(train)
         if config.prompts_per_round is not None and config.prompts_per_round > share:
@@ -266,6 +315,30 @@ class RolloutsTrainer(RoundsTrainer):
                 "`train_dataset` does not hold the prompts of the run that is resumed: pass those, or use another "
                 "`output_dir`."
             )
+        if manifest is not None:
+            self._compare_judges(manifest.get("judges"))
+        elif checkpoint is None:
+            # Before the folder is this run's: a start that is refused must not take it from the run that was there.
+            assert self._weights is not None
+            self._round_task(0, self._weights.fingerprint()).store.check()
+
+    def _compare_judges(self, before: dict[str, Any] | None) -> None:
+        """A run that goes on has to be judged as it was so far."""
+        if before is None:
+            return
+        now = self._judged_with()
+        other = sorted(before.keys() ^ now.keys()) or same_judges(now, before)[0]
+        if other:
+            raise ConfigurationError(
+                f"The run that is resumed was judged by {', '.join(sorted(before))}, but {other[0]!r} is another one "
+                "now, or "
+                "on one side only: use the same rewards, or another `output_dir`."
+            )
+        for name in same_judges(now, before)[1]:
+            logger.warning(f"{name} has been edited since the run began; later rounds are judged by it as it is now.")
+
+    def _judged_with(self) -> dict[str, dict[str, str]]:
+        return self._judge.identities() if isinstance(self._judge, (Rewards, Ranker)) else {str(self._judge): {}}
 
     @property
     def _rollouts_dir(self) -> Path:
@@ -278,14 +351,23 @@ class RolloutsTrainer(RoundsTrainer):
         super()._write_run()
         if self.args.should_save:
             # A longer run of before: its later rounds are not this one's.
-            for folder in self._rollouts_dir.glob("*-[0-9][0-9][0-9][0-9]*"):
-                if int(folder.name.split("-")[1]) >= self.args.num_rounds:
+            for folder in self._rollouts_dir.glob("*"):
+                numbered = re.fullmatch(r"(?:round|heldout)-(\d{4})(?:-.*)?", folder.name)
+                if numbered is None or int(numbered[1]) < self.args.num_rounds:
+                    continue
+                if (folder / LABELS).exists():
+                    set_aside(folder)
+                else:
                     durable.discard(folder)
         self.accelerator.wait_for_everyone()
 
     def _state_content(self, round_index: int) -> dict[str, Any]:
         content = super()._state_content(round_index)
-        return content | {"prompts": self._prompts_digest} if self._prompts_digest else content
+        return (
+            content | {"prompts": self._prompts_digest, "judges": self._judged_with()}
+            if self._prompts_digest
+            else content
+        )
 
     # ---- A round's rows ----
 
@@ -294,8 +376,8 @@ class RolloutsTrainer(RoundsTrainer):
         The training rows of a round, a `datasets.Dataset`; a method's own.
 
         Args:
-            rollouts: a row a prompt, as on disk.
-            planned: rows that the round has room for.
+            rollouts: a row a prompt, as on disk: `prompt_ids`, `completion_ids`, `logps`, `reward`, `chosen` and
+            `rejected`. planned: rows that the round has room for.
         """
         raise NotImplementedError
 
@@ -307,22 +389,36 @@ class RolloutsTrainer(RoundsTrainer):
     def _sampled_rows(self, round_index: int, folder: RoundFolder) -> tuple[Any, dict[str, Any]]:
         """Sample, judge, and make rows; and what the manifest keeps of it."""
         assert self._rows is not None
-        prompts = self._prepared_train_dataset
+        task = self._round_task(round_index, str(folder.whole_manifest()["policy"]))
+        statistics = self._collect(task)
+        rows = self._rows_of_rollouts(task.store.table(_ROW_COLUMNS).to_pylist(), len(self._rows))
+        return rows, {"rollouts": statistics}
+
+    def _round_task(self, round_index: int, policy: str) -> _Task:
+        """
+        What a round samples and has judged.
+
+        Args:
+            policy: hash of the weights that it samples from.
+        """
+        assert self._rows is not None
+        prompts, where = self._prepared_train_dataset, f"Round {round_index + 1}"
         positions = list(self._folds[round_index % len(self._folds)] if self._folds else range(len(prompts)))
         # In an order of the round's own: the first of them are sampled for, the others stand in where needed.
         order = np.random.default_rng(batch_seed(self.args.seed, f"order {round_index}", 0)).permutation(positions)
-        task = _Task(
+        belongs_to = {
+            "policy": policy,
+            "prompts": self._prompts_digest,
+            "order": xxhash.xxh3_64_hexdigest(order.astype("<i8").tobytes()),
+            "wanted": len(self._rows),
+        }
+        return _Task(
             store=self._store(
                 f"round-{round_index:04d}",
-                {
-                    "policy": str(folder.whole_manifest()["policy"]),
-                    "prompts": self._prompts_digest,
-                    "order": xxhash.xxh3_64_hexdigest(order.astype("<i8").tobytes()),
-                    "wanted": len(self._rows),
-                },
+                belongs_to,
                 self.args.num_generations,
                 self._judge,
-                f"Round {round_index + 1}",
+                where,
                 for_training=True,
             ),
             prompts=prompts,
@@ -331,11 +427,8 @@ class RolloutsTrainer(RoundsTrainer):
             num_generations=self.args.num_generations,
             judge=self._judge,
             purpose=f"round {round_index}",
-            where=f"Round {round_index + 1}",
+            where=where,
         )
-        statistics = self._collect(task)
-        rows = self._rows_of_rollouts(task.store.table().to_pylist(), len(self._rows))
-        return rows, {"rollouts": statistics}
 
     def _store(
         self,
@@ -362,7 +455,7 @@ class RolloutsTrainer(RoundsTrainer):
             barrier=self.accelerator.wait_for_everyone,
             name=where,
             replace=not for_training,
-            sources=judge.sources() if isinstance(judge, (Rewards, Ranker)) else None,
+            judges=judge.identities() if isinstance(judge, (Rewards, Ranker)) else None,
         )
 
     def _batch_prompts(self, num_generations: int) -> int:
@@ -393,7 +486,10 @@ class RolloutsTrainer(RoundsTrainer):
         store = task.store
         with self._state_errors(max(self._round, 0)):
             if store.open() and task.wanted is not None:
-                self._say(f"{task.where}: the rollouts on disk were of other weights and are sampled again.")
+                self._say(
+                    f"{task.where}: the rollouts on disk were of other weights; they are set aside, and it samples "
+                    "again."
+                )
             finished = store.finished()
             self.accelerator.wait_for_everyone()
             if finished is not None:
@@ -440,10 +536,13 @@ class RolloutsTrainer(RoundsTrainer):
             if empty == len(rows)
             else f"all completions of a prompt are judged alike{f' or empty ({empty} prompts)' if empty else ''}"
         )
+        left = len(task.order) - len(rows)
+        untried = f" (the round's other {left} prompts were not tried)" if left else ""
         name = getattr(task.judge, "name", None) or ", ".join(getattr(task.judge, "names", [])) or str(task.judge)
         raise ConfigurationError(
             f"{task.where}: not one pair out of {len(rows)} prompts, because {why} ({name}): there is nothing to "
-            "train on. Look at the rollouts and at what judges them, raise `temperature` or `num_generations`."
+            f"train on{untried}. Look at the rollouts and at what judges them, raise `temperature` or "
+            "`num_generations`."
         )
 
     def _mine(self, batches: Iterable[Batch]) -> list[Batch]:
@@ -517,14 +616,28 @@ class RolloutsTrainer(RoundsTrainer):
                     combine([row["rewards"][name][index] for name in names], weights)
                     for index in range(task.num_generations)
                 ]
+                if not all(math.isfinite(value) for value in row["reward"]):
+                    raise JudgementError(
+                        f"{task.where}: the weighted sum of {', '.join(names)} is {row['reward']}, beyond what a "
+                        "float "
+                        "holds: use smaller rewards or `reward_weights`."
+                    )
                 if task.wanted is not None:
                     row["chosen"], row["rejected"] = best_and_worst(row["reward"]) or (None, None)
             if row["chosen"] is not None:
-                chosen, rejected = (row["completion_ids"][row[name]] for name in ("chosen", "rejected"))
-                if chosen == rejected:
-                    # The same tokens, judged differently: no gradient would come of it.
+                room = self._room(row)
+                chosen, rejected = (row["completion_ids"][row[name]][:room] for name in ("chosen", "rejected"))
+                # The same tokens, judged differently, or nothing but empty texts: nothing to learn.
+                if chosen == rejected or not any(row["completions"]):
                     row["chosen"] = row["rejected"] = None
         return rows
+
+    def _room(self, row: dict[str, Any]) -> int | None:
+        """Tokens of a completion that are left of it in training, or None for all."""
+        args = self.args
+        if args.max_length is None or getattr(args, "truncation_mode", "keep_start") != "keep_start":
+            return None
+        return max(args.max_length - len(row["prompt_ids"]), 0)
 
     def _ask(self, task: _Task, batches: list[Batch]) -> None:
         """Judge the batches that are not on disk, each process its own; each is stored as soon as it is answered."""
@@ -581,6 +694,7 @@ class RolloutsTrainer(RoundsTrainer):
             [ids for row in samples for ids in row["completion_ids"]],
             {name: [example[name] for example in repeated] for name in names},
             self.state,
+            *self._kept(task, batch),
         )
         rows = []
         for index, row in enumerate(samples):
@@ -589,11 +703,20 @@ class RolloutsTrainer(RoundsTrainer):
                 {
                     "position": row["position"],
                     **{f"reward/{name}": values[part] for name, values in judgement.values.items()},
-                    **{f"extra/{name}": values[part] for name, values in judgement.extras.items()},
+                    # As JSON: what a function gives may be of one type here and of another there.
+                    **{f"extra/{name}": _as_json(values[part]) for name, values in judgement.extras.items()},
                     **{f"metric/{name}": values if index == 0 else [] for name, values in judgement.metrics.items()},
                 }
             )
         return rows
+
+    def _kept(self, task: _Task, batch: Batch) -> tuple[dict[str, Any], Any]:
+        """Where one of several rewards fails, the others are not asked again."""
+        assert isinstance(task.judge, Rewards)
+        if len(task.judge.names) == 1:
+            return {}, None
+        known = task.store.kept_answers(batch.index, task.judge.names)
+        return known, lambda name, answer: task.store.keep_answer(batch.index, name, answer)
 
     def _read_external(self, task: _Task, rows: list[dict[str, Any]]) -> None:
         """Labels that people or another machine have filled in; without them the run stops here."""
@@ -618,7 +741,8 @@ class RolloutsTrainer(RoundsTrainer):
         for row, (rewards, ends) in zip(rows, labels, strict=True):
             row["chosen"], row["rejected"] = ends or (None, None)
             if rewards is not None:
-                row["reward"], row["rewards"] = rewards, {EXTERNAL: rewards}
+                row["reward"] = rewards
+            row["rewards"] = {EXTERNAL: rewards}
 
     # ---- What is said of it ----
 
@@ -658,6 +782,9 @@ class RolloutsTrainer(RoundsTrainer):
     def _heldout(self) -> dict[str, Any]:
         """The evaluation sets of prompts, by name."""
         return {name: dataset for name, dataset in _named(self.eval_dataset).items() if is_prompts(dataset)}
+
+    def _heldout_digest(self) -> dict[str, str]:
+        return {name: rows_fingerprint(dataset) for name, dataset in self._heldout().items()}
 
     def _measure(self, which: str, round_index: int) -> dict[str, Any] | None:
         """
@@ -702,7 +829,7 @@ class RolloutsTrainer(RoundsTrainer):
         found = {name: statistics[name] for name in kept if name in statistics}
         found["seconds"] = round(statistics["sample_seconds"] + statistics["score_seconds"], 3)
         if judge is not None:
-            rewards = [row["reward"][0] for row in task.store.table().to_pylist()]
+            rewards = [values[0] for values in task.store.table(["reward"]).column("reward").to_pylist()]
             found["reward"], found["reward_error"] = mean_and_error(rewards)
             if len(judge.names) > 1:
                 found["rewards"] = statistics["rewards"]
@@ -718,7 +845,9 @@ class RolloutsTrainer(RoundsTrainer):
             summary |= {name: rollouts[name] for name in _STATISTICS if name in rollouts}
         if self._heldout():
             if round_index == 0:
-                summary["heldout_start"] = manifest.get("heldout_start")
+                # Of the same prompts only: a run that goes on may be measured on others.
+                same = manifest.get("heldout") == self._heldout_digest()
+                summary["heldout_start"] = manifest.get("heldout_start") if same else None
             with self._own_random_numbers(round_index), self._evaluating():
                 summary["heldout_iterate"] = self._measure("iterate", round_index)
             summary["heldout_extrapolated"] = None
@@ -728,7 +857,7 @@ class RolloutsTrainer(RoundsTrainer):
         if not self._heldout():
             return
         if round_index == 0:
-            self._add_to_manifest(folder, heldout_start=self._measure("start", 0))
+            self._add_to_manifest(folder, heldout_start=self._measure("start", 0), heldout=self._heldout_digest())
             return
         self._note_extrapolated(round_index - 1, self._measure_extrapolated(round_index - 1, folder))
         self._add_to_manifest(folder, summaries=self.round_summaries)
@@ -767,7 +896,7 @@ class RolloutsTrainer(RoundsTrainer):
             return metrics
         if not is_prompts(given):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.is_in_train:
+        if self.is_in_train and not self._calling_round_end:
             return {}
         prompts = self._prepare_prompts(given, self.processing_class, self.args, metric_key_prefix)
         assert self._weights is not None
@@ -785,9 +914,12 @@ class RolloutsTrainer(RoundsTrainer):
     def _on_step_end(self, control: Any) -> Any:
         control = super()._on_step_end(control)
         assert self._plan is not None
-        if self._judge == EXTERNAL and self._makes_rows and self.state.global_step in self._plan.starts[1:-1]:
-            # The next round stops for labels: it has to be possible to go on from here.
-            control.should_save = True
+        if self._makes_rows and self.state.global_step in self._plan.starts[1:-1]:
+            # What comes next takes long, may be paid for, or stops for labels: it has to be possible to go on from
+            # here.
+            strategy = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))
+            if strategy != "no" or self._judge == EXTERNAL:
+                control.should_save = True
         return control
 
 
@@ -841,6 +973,19 @@ def _check_prompt(prompt: Any, dataset_name: str) -> None:
         )
 
 
+def _as_json(values: Sequence[Any]) -> list[str]:
+    return [json.dumps(value, default=str) for value in values]
+
+
+def _extras_column(values: Sequence[Any]) -> pa.Array:
+    """What functions gave to `log_extra`, as it is where all of it is of one type, and as JSON otherwise."""
+    read = [None if row is None else [json.loads(value) for value in row] for row in values]
+    try:
+        return pa.array(read)
+    except (pa.ArrowException, OverflowError):
+        return pa.array(values, pa.list_(pa.string()))
+
+
 def _unpacked(scored: dict[str, Any]) -> dict[str, Any]:
     """A row of scores with its values by name."""
     found: dict[str, Any] = {"rewards": {}, "extras": {}, "metrics": {}}
@@ -873,7 +1018,7 @@ def _by_function(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     found: dict[str, list[float]] = {}
     for row in rows:
         for name, values in row["rewards"].items():
-            found.setdefault(name, []).extend(value for value in values if value is not None)
+            found.setdefault(name, []).extend(value for value in values or () if value is not None)
     return {name: mean_and_error(values)[0] if values else None for name, values in found.items()}
 
 
@@ -908,7 +1053,7 @@ def _table(task: _Task, rows: Sequence[dict[str, Any]]) -> pa.Table:
     for name in dict.fromkeys(name for row in rows for name in row["rewards"]):
         columns[f"reward_{name}"] = pa.array([row["rewards"].get(name) for row in rows], numbers)
     for name in dict.fromkeys(name for row in rows for name in row["extras"]):
-        columns[f"extra_{name}"] = pa.array([row["extras"].get(name) for row in rows])
+        columns[f"extra_{name}"] = _extras_column([row["extras"].get(name) for row in rows])
     return pa.table(columns)
 
 

@@ -128,6 +128,7 @@ class RoundsTrainer(_Parent):
         self._folds: list[list[int]] | None = None
         self._num_folds = config.num_rounds if config.round_data == "split" else 1
         self._run_id: str | None = None
+        self._calling_round_end = False
         self._staging: Path | None = None
         self._resumed_from: Path | None = None
         self._initial_groups: list[dict[str, Any]] = []
@@ -488,9 +489,13 @@ class RoundsTrainer(_Parent):
         if self._keeps_rounds:
             self._start_run(checkpoint)
         path = None if checkpoint is None else str(checkpoint)
-        return super().train(
-            resume_from_checkpoint=path, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval, **kwargs
-        )
+        try:
+            return super().train(
+                resume_from_checkpoint=path, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval, **kwargs
+            )
+        finally:
+            # Upstream leaves it set where training ends by an exception; an evaluation by hand looks at it.
+            self.is_in_train = False
 
     def _tidy(self) -> None:
         """Remove what a killed run left unfinished."""
@@ -1134,18 +1139,22 @@ class RoundsTrainer(_Parent):
         return found
 
     def _call_round_end(self, round_index: int, summary: dict[str, Any]) -> None:
-        with self._own_random_numbers(round_index), self._evaluating():
-            for callback in self.callback_handler.callbacks:
-                hook = getattr(callback, "on_round_end", None)
-                if hook is not None:
-                    hook(
-                        self.args,
-                        self.state,
-                        self.control,
-                        round_index=round_index,
-                        summary=summary,
-                        model=self.accelerator.unwrap_model(self.model),
-                    )
+        hooks = [getattr(callback, "on_round_end", None) for callback in self.callback_handler.callbacks]
+        self._calling_round_end = True
+        try:
+            with self._own_random_numbers(round_index), self._evaluating():
+                for hook in hooks:
+                    if hook is not None:
+                        hook(
+                            self.args,
+                            self.state,
+                            self.control,
+                            round_index=round_index,
+                            summary=summary,
+                            model=self.accelerator.unwrap_model(self.model),
+                        )
+        finally:
+            self._calling_round_end = False
 
     def _round_line(self, round_index: int, summary: dict[str, Any]) -> str:
         assert self._plan is not None
