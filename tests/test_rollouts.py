@@ -1055,7 +1055,7 @@ def test_a_label_file_may_be_stripped_and_shuffled(make: Any, tmp_path: Path) ->
         ({"ranker": lambda **kw: None, "reward_weights": [1.0]},
          "`reward_weights` is given, but a ranker"),
         ({"eval_dataset": make_prompts(3), "metric_for_best_model": "reward"}, "needs a metric of every evaluation"),
-        ({"eval_dataset": make_prompts(3), "save_strategy": "best", "eval_strategy": "epoch"}, "needs a metric of every"),
+        ({"eval_dataset": make_prompts(3), "save_strategy": "best", "eval_strategy": "epoch"}, "needs a metric of"),
         ({"eval_dataset": make_prompts(3).to_iterable_dataset()}, "streams, but its prompts"),
         ({"eval_dataset": make_prompts(3).select([])}, "is empty, but wants"),
         ({"data": make_prompts(24, prompt_ids=[[5]] * 24)}, "has a column `prompt_ids`"),
