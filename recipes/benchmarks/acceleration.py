@@ -557,28 +557,29 @@ def plot(campaign: Campaign, path: Path) -> None:
     from matplotlib import pyplot
 
     options = campaign.options
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
     colours = dict(zip(METHODS, pyplot.get_cmap("tab10").colors, strict=False))
-    for method, settings in campaign.chosen().items():
-        for setting in settings:
-            for curve in campaign.curves(method, setting, options.fresh_seeds, options.fresh_rounds):
-                style = {"color": colours[method], "marker": "o", "markersize": 2.5, "linewidth": 0.6, "alpha": 0.7}
-                rewards = [point["gain"] for point in curve]
-                axes[0].plot([point["loss"] for point in curve], rewards, **style)
-                axes[1].plot([point["bigrams"] for point in curve], rewards, **style)
+    for method, setting in itertools.product(METHODS, options.grid):
+        for curve in campaign.curves(method, setting, options.fresh_seeds, options.fresh_rounds):
+            style = {"color": colours[method], "marker": "o", "markersize": 2.5, "linewidth": 0.6, "alpha": 0.7}
+            rewards = [point["gain"] for point in curve]
+            axes[0].plot([point["loss"] for point in curve], rewards, **style)
+            axes[1].plot([point["bigrams"] for point in curve], rewards, **style)
     for method, colour in colours.items():
         axes[0].plot([], [], color=colour, marker="o", markersize=3, label=method)
     for least_bigrams, most_loss in BUDGETS.values():
         axes[0].axvline(most_loss, color="grey", linestyle=":", linewidth=0.8)
         axes[1].axvline(least_bigrams, color="grey", linestyle=":", linewidth=0.8)
     axes[0].set(
-        xlabel="loss on unseen text above the start's, nats a token", ylabel="held-out reward above the start's"
+        xlabel="loss on unseen text above the start's, nats a token",
+        ylabel="held-out reward above the start's",
+        xlim=(-0.01, 0.25),
     )
     axes[1].set(xlabel="share of the start's distinct bigrams")
     axes[1].invert_xaxis()
     axes[0].legend(fontsize=7, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
 
 
 def main() -> None:

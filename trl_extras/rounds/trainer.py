@@ -758,9 +758,9 @@ class RoundsTrainer(_Parent):
     def _enter_round(self, round_index: int) -> None:
         """From thetahat_t in the live weights to the first step of round t."""
         assert self._weights is not None
-        begun = time.monotonic()
         if round_index > 0:
             self._finish_round(round_index - 1)
+        begun = time.monotonic()
         if self._multi_round:
             # First of all: the optimiser's state is what makes room for everything below. In the first round it is
             # there only where `train()` is called again.
