@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for train.jsonl and test.jsonl")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--prompts", type=int, default=40, help="prompts a round, without those to spare (default: 40)"
+        "--prompts", type=int, default=24, help="prompts a round, without those to spare (default: 24)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=REPOSITORY / ".cache" / "trl-extras-quickstart")

@@ -38,19 +38,19 @@ TABLE_FILE = "quickstart.md"
 DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "rounds": 3,
-    "prompts": 40,
+    "prompts": 24,
     "learning_rate": 4e-5,
     "beta": 0.1,
     "alpha": 0.3,
-    "batch_size": 8,
+    "batch_size": 4,
 }
 
 # The distribution that is sampled from: the paper's, with fewer tokens.
 NUM_GENERATIONS = 5
-MAX_NEW_TOKENS = 24
+MAX_NEW_TOKENS = 20
 TEMPERATURE, TOP_P = 0.7, 0.9
 # Completions at a time: more rows share the reading of the weights, which is much of a step's cost on a CPU.
-GENERATION_BATCH_SIZE = 80
+GENERATION_BATCH_SIZE = 200
 # How many held-out prompts are answered before and after: the first ones, whatever they are.
 SHOWN = 3
 
