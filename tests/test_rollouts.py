@@ -878,9 +878,11 @@ def test_an_edited_reward_is_told_of(make: Any, monkeypatch: pytest.MonkeyPatch,
     make(num_rounds=1).train()
     identity = judges._function_identity
     monkeypatch.setattr(judges, "_function_identity", lambda function: {**identity(function), "content": "edited"})
+    with pytest.raises(ConfigurationError, match="Round 1: 'threes' has been edited since it judged the rollouts"):
+        make(num_rounds=1).train()
     transformers.utils.logging.enable_propagation()
     try:
-        make(num_rounds=1).train()
+        make(num_rounds=1).train(resume_from_checkpoint="last")
     finally:
         transformers.utils.logging.disable_propagation()
     assert "threes has been edited since it answered" in caplog.text

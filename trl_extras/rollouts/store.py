@@ -63,6 +63,8 @@ class RolloutStore:
         name: what to call it in messages.
         replace: rollouts of other settings are removed too, instead of being refused: for measurements.
         judges: which judges answer, by name; see `judges.same_judges`.
+        resumes: the user goes on with a run: what an edited judge answered before is kept. Otherwise that is refused
+            where it had answered everything; where it had not, it was mended.
     """
 
     def __init__(
@@ -74,11 +76,13 @@ class RolloutStore:
         name: str,
         replace: bool = False,
         judges: dict[str, dict[str, str]] | None = None,
+        resumes: bool = False,
     ):
         self.folder = folder
         self.description = json.loads(json.dumps({"version": STORE_VERSION, **description}))
         self.replace = replace
         self.judges = judges or {}
+        self.resumes = resumes
         self.write = write
         self.barrier = barrier
         self.name = name
@@ -141,7 +145,16 @@ class RolloutStore:
         known = found.pop("judges", {})
         names = sorted(found.keys() | self.description.keys())
         other = [name for name in names if found.get(name) != self.description.get(name)]
-        other_judges = same_judges(self.judges, known)[0]
+        other_judges, edited = same_judges(self.judges, known)
+        if edited and not self.resumes and (self.folder / durable.MANIFEST).is_file() and "policy" not in other:
+            if not self.replace:
+                raise ConfigurationError(
+                    f"{self.name}: {edited[0]!r} has been edited since it judged the rollouts on disk "
+                    f"({self._where()} in the output folder): remove `_rounds/rollouts` there to sample and "
+                    "ask again, set `resume_from_checkpoint='last'` to go on with what it said, or use another "
+                    "`output_dir`."
+                )
+            other_judges = edited
         if not self.replace:
             if "policy" in other:
                 if labelled:

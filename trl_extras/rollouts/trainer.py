@@ -456,6 +456,7 @@ class RolloutsTrainer(RoundsTrainer):
             name=where,
             replace=not for_training,
             judges=judge.identities() if isinstance(judge, (Rewards, Ranker)) else None,
+            resumes=self._resumes,
         )
 
     def _batch_prompts(self, num_generations: int) -> int:
@@ -493,6 +494,7 @@ class RolloutsTrainer(RoundsTrainer):
             finished = store.finished()
             self.accelerator.wait_for_everyone()
             if finished is not None:
+                self._say(f"{task.where}: sampled and judged before; taken from disk.")
                 return dict(finished["statistics"])
             lengths = [len(ids) for ids in task.prompts["prompt_ids"]]
             rows: list[dict[str, Any]] = []
@@ -729,9 +731,12 @@ class RolloutsTrainer(RoundsTrainer):
             task.store.write_labels(label_rows(prompts, completions))
         else:
             labels = read_labels(filled, prompts, completions, f"{task.where}, {LABELS}")
+            if labels is not None:
+                self._say(f"{task.where}: labels of {len(rows)} prompts found.")
         if labels is None:
             message = (
-                f"{task.where}: {len(rows)} prompts are sampled and wait for labels. Fill in "
+                f"{task.where}: {len(rows)} prompts are sampled and wait for labels"
+                f"{'' if filled is None else ', of which there are none yet'}. Fill in "
                 f"{task.store.folder / LABELS}: for every line either `rewards`, {task.num_generations} numbers, or "
                 "`chosen` and `rejected`, indices from 0 (both -1 for a tie). Then run the same command again with "
                 "`resume_from_checkpoint` set to 'last'."

@@ -128,7 +128,7 @@ class RoundsTrainer(_Parent):
         self._folds: list[list[int]] | None = None
         self._num_folds = config.num_rounds if config.round_data == "split" else 1
         self._run_id: str | None = None
-        self._calling_round_end = False
+        self._calling_round_end = self._resumes = False
         self._staging: Path | None = None
         self._resumed_from: Path | None = None
         self._initial_groups: list[dict[str, Any]] = []
@@ -479,6 +479,7 @@ class RoundsTrainer(_Parent):
                 "pass "
                 "the rows as `train_dataset`, or use more rounds."
             )
+        self._resumes = bool(resume_from_checkpoint)
         self._tidy()
         run = self._read_run(self._output_dir) if self._keeps_rounds else None
         checkpoint, told = checkpoints.resolve(
