@@ -377,7 +377,8 @@ class RolloutsTrainer(RoundsTrainer):
 
         Args:
             rollouts: a row a prompt, as on disk: `prompt_ids`, `completion_ids`, `logps`, `reward`, `chosen` and
-            `rejected`. planned: rows that the round has room for.
+                `rejected`.
+            planned: rows that the round has room for.
         """
         raise NotImplementedError
 
