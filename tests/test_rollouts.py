@@ -431,6 +431,26 @@ def test_measuring_changes_nothing(make: Any) -> None:
     assert not list((Path(measured.args.output_dir) / "_rounds").glob("_*"))
 
 
+def test_a_reward_that_fails_at_the_very_end_leaves_the_iterate(make: Any) -> None:
+    """The last measurement is of extrapolated weights: they have to be gone when its exception arrives."""
+    settings = {"eval_dataset": make_prompts(5, seed=4), "extrapolation_alpha": [0.5], "num_rounds": 1}
+    whole = make("whole", **settings)
+    whole.train()
+    calls = []
+
+    def fails_last(prompts: list[str], completions: list[str], **kwargs: Any) -> list[float]:
+        calls.append(len(completions))
+        if trainer.round_summaries:
+            raise ConnectionError("gone")
+        return threes(completions)
+
+    trainer = make("cut", reward_funcs=fails_last, **settings)
+    with pytest.raises(RewardError, match="gone"):
+        trainer.train()
+    assert trainer.state.global_step == whole.state.global_step
+    assert tiny.same_weights(trainer.model, whole.model)
+
+
 def test_extrapolated_output_is_what_was_measured(make: Any) -> None:
     trainer = make(eval_dataset=make_prompts(5, seed=4), extrapolation_alpha=[0.5], output_policy="extrapolated")
     trainer.train()

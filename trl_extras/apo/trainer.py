@@ -174,16 +174,20 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
                 self._weights.save(kept, self.args.should_save)
             self.accelerator.wait_for_everyone()
         changed = self._extrapolate(alpha, folder)
-        if self._heldout():
-            with self._own_random_numbers(last), self._evaluating():
-                row = self.round_summaries[-1]
-                self._note_extrapolated(
-                    last, self._measure("extrapolated", last) if changed else dict(row["heldout_iterate"])
-                )
+        try:
+            if self._heldout():
+                with self._own_random_numbers(last), self._evaluating():
+                    row = self.round_summaries[-1]
+                    self._note_extrapolated(
+                        last, self._measure("extrapolated", last) if changed else dict(row["heldout_iterate"])
+                    )
+        finally:
+            # Also where a reward has raised: whoever catches that and saves shall save the iterate.
+            if changed and not extrapolates:
+                self._weights.load(kept)
         if extrapolates:
             self._say(f"The output is the last iterate extrapolated with alpha {alpha:g}.")
         elif changed:
-            self._weights.load(kept)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 durable.remove(kept)

@@ -5,8 +5,8 @@ with, do not depend on the number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -243,19 +243,15 @@ class TransformersSampler:
         sampled = sequences[:, longest:]
         return _split(sampled, recorder.finish(sequences)[:, : sampled.shape[1]], self.settings.stop_token_ids, num)
 
-    def _own_settings(self, config: GenerationConfig) -> AbstractContextManager[None]:
+    @contextmanager
+    def _own_settings(self, config: GenerationConfig) -> Iterator[None]:
         """transformers fills whatever a config leaves open from the model's own: there is none meanwhile."""
-
-        @contextmanager
-        def swapped() -> Any:
-            kept = self.model.generation_config
-            self.model.generation_config = config
-            try:
-                yield
-            finally:
-                self.model.generation_config = kept
-
-        return swapped()
+        kept = self.model.generation_config
+        self.model.generation_config = config
+        try:
+            yield
+        finally:
+            self.model.generation_config = kept
 
 
 def _split(sampled: Tensor, logps: Tensor, stop: Sequence[int], num: int) -> list[list[Completion]]:
