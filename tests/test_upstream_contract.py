@@ -34,6 +34,7 @@ from trl_extras.apo import APOConfig, APOTrainer
 from trl_extras.rollouts import RolloutsTrainer
 from trl_extras.rounds import RoundsTrainer, checkpoints, durable
 from trl_extras.rounds import config as rounds_config
+from trl_extras.rounds.saving import WholeCheckpoints
 from trl_extras.rounds.state import ROUNDS_DIR, FullWeights
 from trl_extras.rounds.trainer import _FREE_FIELDS
 
@@ -127,20 +128,21 @@ def set_on_self(*classes: type[Any]) -> set[str]:
 def test_our_names_hide_nothing_of_upstreams_by_accident() -> None:
     """Else: a new method or attribute of upstream's and one of ours overwrite each other, silently."""
     overridden = {
-        RoundsTrainer: {
-            *_compat.OVERRIDDEN_TRAINER_METHODS, "create_optimizer", "create_scheduler", "save_model",
-            "set_initial_training_values", "train", "training_step",
+        WholeCheckpoints: {
+            *_compat.OVERRIDDEN_TRAINER_METHODS, "create_model_card", "save_model", "train", "training_step",
         },
+        RoundsTrainer: {"create_optimizer", "create_scheduler", "set_initial_training_values", "train"},
         RolloutsTrainer: {*_compat.OVERRIDDEN_DATA_METHODS, "evaluate"},
-        APOTrainer: {*_compat.OVERRIDDEN_DPO_METHODS, "create_model_card", "_name", "_paper", "_tag_names"},
+        APOTrainer: {*_compat.OVERRIDDEN_DPO_METHODS, "_name", "_paper", "_tag_names"},
     }  # fmt: skip
     set_on_purpose = {
-        RoundsTrainer: {"args", "train_dataset", "lr_scheduler", "is_in_train"},
+        WholeCheckpoints: {"is_in_train"},
+        RoundsTrainer: {"args", "train_dataset", "lr_scheduler"},
         RolloutsTrainer: set(),
         APOTrainer: {*_compat.DPO_ATTRIBUTES, "eval_dataset"} - {"precompute_ref_logps"},
     }
     for ours, wanted in overridden.items():
-        for stock in STOCK if ours is RoundsTrainer else (DPOTrainer,):
+        for stock in STOCK if ours in (WholeCheckpoints, RoundsTrainer) else (DPOTrainer,):
             theirs = {*dir(stock), *set_on_self(stock)}
             hidden = {name for name in vars(ours) if name in theirs and not name.startswith("__")}
             assert hidden == wanted, (ours.__name__, stock.__name__)

@@ -1,4 +1,4 @@
-"""Accelerated Preference Optimization (APO) for TRL, as subclasses of TRL's own trainers.
+"""Accelerated (APO) and Stable (SPO) Preference Optimization for TRL, as subclasses of TRL's own trainers.
 
 Importing this package patches nothing and imports neither torch nor trl: public names are loaded when first used.
 """
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .apo import APOConfig, APOTrainer
+    from .apo_spo import APOSPOConfig, APOSPOTrainer
     from .rounds import RoundDataBuilder
+    from .spo import SPOConfig, SPOTrainer
     from .state_dicts import extrapolate
 
 __version__ = "0.1.0"
@@ -19,11 +21,25 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "APOConfig": "trl_extras.apo",
     "APOTrainer": "trl_extras.apo",
+    "APOSPOConfig": "trl_extras.apo_spo",
+    "APOSPOTrainer": "trl_extras.apo_spo",
     "RoundDataBuilder": "trl_extras.rounds",
+    "SPOConfig": "trl_extras.spo",
+    "SPOTrainer": "trl_extras.spo",
     "extrapolate": "trl_extras.state_dicts",
 }
 
-__all__ = ["APOConfig", "APOTrainer", "RoundDataBuilder", "__version__", "extrapolate"]
+__all__ = [
+    "APOConfig",
+    "APOSPOConfig",
+    "APOSPOTrainer",
+    "APOTrainer",
+    "RoundDataBuilder",
+    "SPOConfig",
+    "SPOTrainer",
+    "__version__",
+    "extrapolate",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -60,6 +60,10 @@ class Method:
 # A method is one line here; a script of the same name in trl_extras/scripts makes it a subcommand too.
 BUILT_IN: dict[str, Method] = {
     "apo": Method("trl_extras.apo:APOTrainer", "trl_extras.apo:APOConfig", "trl:DPOTrainer", "trl:DPOConfig"),
+    "apo_spo": Method(
+        "trl_extras.apo_spo:APOSPOTrainer", "trl_extras.apo_spo:APOSPOConfig", "trl:DPOTrainer", "trl:DPOConfig"
+    ),
+    "spo": Method("trl_extras.spo:SPOTrainer", "trl_extras.spo:SPOConfig", "trl:DPOTrainer", "trl:DPOConfig"),
 }
 
 

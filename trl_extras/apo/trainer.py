@@ -17,7 +17,6 @@ import contextlib
 import copy
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -29,7 +28,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 
-from ..cards import build_card
 from ..errors import ConfigurationError
 from ..rollouts.trainer import RolloutsTrainer, is_prompts
 from ..rounds import durable
@@ -338,21 +336,6 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():
                     parameter.copy_(live[name])
-
-    # ---- Model card ----
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Write the model card to `output_dir`: what was trained, how, and the table of rounds; no local paths."""
-        if self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            build_card(self, model_name, dataset_name, tags).save(folder / "README.md")
-
-    def _write_card(self, folder: Path) -> None:
-        if self.is_world_process_zero():
-            build_card(self).save(folder / "README.md")
 
 
 def _with_columns(dataset: Any, columns: dict[str, torch.Tensor]) -> Any:

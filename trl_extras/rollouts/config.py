@@ -160,7 +160,7 @@ class SamplingConfig:
             )
         if self.reward_funcs and self.ranker:
             raise ConfigurationError(
-                "`reward_funcs` and `ranker` are both set, but a pair is chosen by one of them: leave one away."
+                "`reward_funcs` and `ranker` are both set, but a pair is chosen by one of them: leave one out."
             )
         if self.reward_funcs and self.reward_weights and len(self.reward_funcs) != len(self.reward_weights):
             raise ConfigurationError(

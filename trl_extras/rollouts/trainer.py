@@ -121,14 +121,14 @@ class RolloutsTrainer(RoundsTrainer):
             reward_funcs = None
         if reward_funcs is not None and ranker is not None:
             raise ConfigurationError(
-                "`reward_funcs` and `ranker` are both given, but a pair is chosen by one of them: leave one away."
+                "`reward_funcs` and `ranker` are both given, but a pair is chosen by one of them: leave one out."
             )
         for name, value in (
             ("reward_weights", config.reward_weights),
             ("reward_processing_classes", processing_classes),
         ):
             if ranker is not None and value is not None:
-                raise ConfigurationError(f"`{name}` is given, but a ranker gives no rewards: leave one away.")
+                raise ConfigurationError(f"`{name}` is given, but a ranker gives no rewards: leave one out.")
         train, named = given.get("train_dataset"), _named(given.get("eval_dataset"))
         self._makes_rows = is_prompts(train)
         evaluated = [name for name, dataset in named.items() if is_prompts(dataset)]
@@ -165,7 +165,7 @@ class RolloutsTrainer(RoundsTrainer):
         if self._judge == EXTERNAL and config.save_only_model:
             raise ConfigurationError(
                 "`save_only_model=True` leaves nothing to go on from, but `ranker='external'` stops the run in every "
-                "round: leave one away."
+                "round: leave one out."
             )
 
     @staticmethod

@@ -9,11 +9,9 @@ untouched. What a method adds (an extrapolation, a reference, a beta) are the ho
 from __future__ import annotations
 
 import copy
-import errno
 import inspect
 import json
 import math
-import os
 import random
 import shutil
 import time
@@ -21,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
@@ -29,24 +27,17 @@ import pyarrow as pa
 import torch
 import xxhash
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from .. import __version__
-from .._compat import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 from ..errors import ConfigurationError
 from . import checkpoints, durable
 from .data import RoundDataBuilder, RoundDataset, group_keys, split_folds
 from .plan import RoundPlan, restarting
+from .saving import NonFiniteError, WholeCheckpoints, asked_for
 from .state import ROUNDS_DIR, STATE_VERSION, FullWeights, RoundFolder, TrainableState
 
-
-if TYPE_CHECKING:
-    # For the type checker the mixin is a trainer; at run time it goes in front of one.
-    from transformers import Trainer as _Parent
-else:
-    _Parent = object
 
 logger = logging.get_logger(__name__)
 
@@ -71,12 +62,6 @@ _FREE_PREFIXES = (
 _ROWS_FILE = "data.parquet"
 # What a boundary's time goes into; the last two are parts of the second.
 _BOUNDARY_PARTS = ("weights", "data", "rows", "reference")
-# What a user mends by making room or changing rights.
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
-
-
-class NonFiniteError(RuntimeError):
-    """Training has produced a nan or an infinity. The last good state is on disk."""
 
 
 class _RoundBoundaries(TrainerCallback):
@@ -98,7 +83,7 @@ class _RoundBoundaries(TrainerCallback):
         self.trainer._on_train_end()
 
 
-class RoundsTrainer(_Parent):
+class RoundsTrainer(WholeCheckpoints):
     """
     Mixin for a TRL trainer whose config is a [`RoundsConfig`].
 
@@ -107,19 +92,17 @@ class RoundsTrainer(_Parent):
     is the round's row of `rounds.jsonl`; what it adds to `summary` is kept.
 
     Attributes:
-        config_class: the config dataclass of this trainer.
         round_summaries (`list[dict]`): the rows of `rounds.jsonl` so far.
         round_data_builder ([`RoundDataBuilder`], *optional*): makes the rows of each round; set it before `train()`.
     """
 
-    config_class: type[Any]
     train_dataset: Any
     # Whether a round's rows are made in that round, from its policy; then one round is a run in rounds too.
     _makes_rows = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         given = self._bind(args, kwargs)
-        config = self._round_config(given)
+        config = given["args"]
         self.round_summaries: list[dict[str, Any]] = []
         self.round_data_builder: RoundDataBuilder | None = None
         self._plan: RoundPlan | None = None
@@ -129,7 +112,6 @@ class RoundsTrainer(_Parent):
         self._num_folds = config.num_rounds if config.round_data == "split" else 1
         self._run_id: str | None = None
         self._calling_round_end = self._resumes = False
-        self._staging: Path | None = None
         self._resumed_from: Path | None = None
         self._initial_groups: list[dict[str, Any]] = []
         self._weights: TrainableState | None = None
@@ -188,35 +170,9 @@ class RoundsTrainer(_Parent):
         """Rows of every round's epochs, if `available` belong to the round."""
         return available
 
-    def _stock_class(self) -> Any:
-        """The TRL class behind this one."""
-        return next(cls for cls in type(self).__mro__ if cls.__module__.startswith("trl."))
-
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The constructor's arguments by name, as the TRL class behind this one takes them."""
-        stock = self._stock_class()
-        names = list(inspect.signature(stock.__init__).parameters)[1:]
-        if len(args) > len(names) or set(names[: len(args)]) & kwargs.keys():
-            raise TypeError(f"{type(self).__name__} takes the arguments of {stock.__name__}, each once: {names}.")
-        # Keywords that TRL's class does not know are those of a class in between.
-        return {**dict(zip(names, args, strict=False)), **kwargs}
-
     def _complete_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         """The parent's constructor arguments, once all of them have been checked."""
         return given
-
-    def _round_config(self, given: dict[str, Any]) -> Any:
-        config = given.get("args")
-        if config is None:
-            model = given.get("model")
-            name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
-            config = given["args"] = self.config_class(f"{str(name).split('/')[-1] or 'model'}-{self._name}")
-        if not isinstance(config, self.config_class):
-            raise TypeError(
-                f"`args` has to be of type {self.config_class.__name__} for {type(self).__name__}, but is of type "
-                f"{type(config).__name__}: the former has the same fields and those of the rounds."
-            )
-        return config
 
     def _unsupported(self, given: dict[str, Any], config: Any) -> list[tuple[str, str]]:
         """What was passed to the constructor that rounds cannot work with yet, each with the reason."""
@@ -227,9 +183,9 @@ class RoundsTrainer(_Parent):
         if given.get("quantization_config") is not None or getattr(model, "is_quantized", False):
             found.append(("A quantized model", "rounds train full weights so far. Load the model unquantized."))
         # `accelerate launch` tells of its configuration in the environment alone until the trainer is made.
-        if config.deepspeed or getattr(config, "deepspeed_plugin", None) is not None or _asked("DEEPSPEED"):
+        if config.deepspeed or getattr(config, "deepspeed_plugin", None) is not None or asked_for("DEEPSPEED"):
             found.append(("DeepSpeed", "rounds need every weight on every process so far. Use DDP."))
-        if config.fsdp or _asked("FSDP") or _asked("MEGATRON_LM"):
+        if config.fsdp or asked_for("FSDP") or asked_for("MEGATRON_LM"):
             found.append(("FSDP", "rounds need every weight on every process so far. Use DDP."))
         if getattr(config, "parallelism_config", None) is not None:
             found.append(("`parallelism_config`", "rounds need every weight on every process so far. Use DDP."))
@@ -341,18 +297,16 @@ class RoundsTrainer(_Parent):
             )
 
     def _check_resume(self, config: Any) -> None:
-        """Check the checkpoint that the configuration names; one given to `train()` alone is checked there."""
         if config.save_only_model and config.resume_from_checkpoint and self._multi_round:
             raise ConfigurationError(
                 "`save_only_model=True` leaves nothing to resume from, but `resume_from_checkpoint` is set: leave "
-                "one away."
+                "one out."
             )
-        run = self._read_run(Path(config.output_dir)) if self._keeps_rounds else None
-        checkpoint, _ = checkpoints.resolve(
-            config.resume_from_checkpoint, Path(config.output_dir), run.get("run_id") if run else None
-        )
-        if checkpoint is not None and self._keeps_rounds:
-            self._check_checkpoint(checkpoint)
+        super()._check_resume(config)
+
+    def _run_of(self, output_dir: Path) -> str | None:
+        run = self._read_run(output_dir) if self._keeps_rounds else None
+        return run.get("run_id") if run else None
 
     @staticmethod
     def _read_run(output_dir: Path) -> dict[str, Any] | None:
@@ -434,17 +388,8 @@ class RoundsTrainer(_Parent):
     # ---- The run ----
 
     @property
-    def _output_dir(self) -> Path:
-        return Path(self.args.output_dir)
-
-    @property
     def _multi_round(self) -> bool:
         return self.args.num_rounds > 1 or self._makes_rows
-
-    def _say(self, message: str) -> None:
-        """A line for the user, once, without tearing progress bars."""
-        if self.is_world_process_zero():
-            tqdm.write(f"[{self._name}] {message}")
 
     def train(
         self,
@@ -480,35 +425,17 @@ class RoundsTrainer(_Parent):
                 "the rows as `train_dataset`, or use more rounds."
             )
         self._resumes = bool(resume_from_checkpoint)
-        self._tidy()
-        run = self._read_run(self._output_dir) if self._keeps_rounds else None
-        checkpoint, told = checkpoints.resolve(
-            resume_from_checkpoint, self._output_dir, run.get("run_id") if run else None
-        )
-        for line in told:
-            self._say(line)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
+
+    def _begin(self, checkpoint: Path | None) -> None:
+        super()._begin(checkpoint)
         if self._keeps_rounds:
             self._start_run(checkpoint)
-        path = None if checkpoint is None else str(checkpoint)
-        try:
-            return super().train(
-                resume_from_checkpoint=path, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval, **kwargs
-            )
-        finally:
-            # Upstream leaves it set where training ends by an exception; an evaluation by hand looks at it.
-            self.is_in_train = False
-
-    def _tidy(self) -> None:
-        """Remove what a killed run left unfinished."""
-        if self.args.should_save:
-            durable.sweep(self._folders_to_sweep())
-            durable.remove(self._output_dir / checkpoints.STAGING_DIR)
-        self.accelerator.wait_for_everyone()
 
     def _folders_to_sweep(self) -> list[Path]:
         """Where a killed run may have left files under temporary names."""
         rounds = self._output_dir / ROUNDS_DIR
-        return [self._output_dir, rounds, rounds / "iterates"]
+        return [*super()._folders_to_sweep(), rounds, rounds / "iterates"]
 
     def _start_run(self, checkpoint: Path | None) -> None:
         """Settle which run this is and how long an epoch is, before upstream counts steps."""
@@ -523,15 +450,6 @@ class RoundsTrainer(_Parent):
             self._run_id = None
         else:
             self._adopt(checkpoint)
-            if self.args.should_save and checkpoint.parent.resolve() == self._output_dir.resolve():
-                # A kill may have come between a checkpoint and the removal of older ones.
-                state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-                checkpoints.rotate(
-                    self._output_dir,
-                    self.args.save_total_limit,
-                    state["global_step"],
-                    state.get("best_model_checkpoint"),
-                )
         if self._run_id is None:
             earlier = [folder.name for _, folder in checkpoints.list_checkpoints(self._output_dir)]
             if self._multi_round and earlier:
@@ -575,11 +493,9 @@ class RoundsTrainer(_Parent):
         self.round_summaries = [row for row in manifest["summaries"] if row["round"] < manifest["round"]]
 
     def _check_checkpoint(self, checkpoint: Path) -> dict[str, Any] | None:
-        """
-        Check that a checkpoint is one that this run can go on from. Returns its manifest, or None for a stock
-        trainer's.
-        """
-        manifest = self._checkpoint_manifest(checkpoint)
+        manifest = super()._check_checkpoint(checkpoint)
+        if not self._keeps_rounds:
+            return manifest
         if manifest is None or "round" not in manifest:
             if self._multi_round:
                 raise ConfigurationError(
@@ -620,11 +536,6 @@ class RoundsTrainer(_Parent):
                         f"{settings[name]!r}: only rounds to come can be changed."
                     )
         return manifest
-
-    @staticmethod
-    def _checkpoint_manifest(checkpoint: Path) -> dict[str, Any] | None:
-        path = checkpoint / durable.MANIFEST
-        return durable.read_manifest(checkpoint) if path.is_file() else None
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         epochs = args.epochs_of_rounds()
@@ -739,22 +650,6 @@ class RoundsTrainer(_Parent):
         if self.args.should_save and self._planned_checkpoints():
             # The last checkpoint wrote the card before its round was over.
             self._write_card(self._output_dir)
-
-    @contextmanager
-    def _state_errors(self, round_index: int) -> Iterator[None]:
-        """Name the round and step in whatever goes wrong while state is written."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in _DISK_ERRORS:
-                raise
-            free = shutil.disk_usage(self._output_dir).free if self._output_dir.is_dir() else 0
-            raise RuntimeError(
-                f"Round {round_index + 1}, step {self.state.global_step}: the round's state could not be written "
-                f"({error.strerror or error}; {free / 1e9:.1f} GB are free). The last whole checkpoint stays; make "
-                "room "
-                "and go on with `resume_from_checkpoint='last'`."
-            ) from error
 
     def _enter_round(self, round_index: int) -> None:
         """From thetahat_t in the live weights to the first step of round t."""
@@ -1224,87 +1119,29 @@ class RoundsTrainer(_Parent):
         # One more than the limit while a new one is complete and the oldest not yet gone.
         return min(count, limit + 1) if limit and limit > 0 else count
 
-    # ---- Guards ----
+    # ---- Guards and checkpoints ----
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        # Upstream logs the mean of earlier losses in place of a non-finite one, and trains on.
-        if not torch.isfinite(loss).all():
-            raise NonFiniteError(
-                f"Round {max(self._round, 0) + 1}, step {self.state.global_step + 1}: the loss is {loss.item()}. "
-                "Training "
-                "stops; the last whole checkpoint is good. Lower the learning rate or look at the data of this step."
-            )
-        return loss
+    def _where(self, round_index: int | None = None, ahead: int = 0) -> str:
+        at = max(self._round, 0) if round_index is None else round_index
+        return f"Round {at + 1}, step {self.state.global_step + ahead}"
 
-    def _refuse_non_finite_weights(self, round_index: int) -> None:
+    def _refuse_non_finite_weights(self, round_index: int | None = None) -> None:
         name = self._weights.non_finite() if self._weights is not None else None
         if name is not None:
             raise NonFiniteError(
-                f"Round {round_index + 1}, step {self.state.global_step}: {name} holds a nan or an infinity. Training "
-                "stops, and nothing of this state is saved; the last whole checkpoint is good. Lower the learning "
-                "rate."
+                f"{self._where(round_index)}: {name} holds a nan or an infinity. Training stops, and nothing of this "
+                "state is saved; the last whole checkpoint is good. Lower the learning rate."
             )
 
-    # ---- Checkpoints ----
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # A push reads the folder in the background: it waits until the checkpoint has its final name.
-        if self._staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Upstream's checkpoint, written elsewhere, completed, synced, and then renamed."""
-        if trial is not None:
-            return super()._save_checkpoint(model, trial)
-        round_index = max(self._round, 0)
-        self._refuse_non_finite_weights(round_index)
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        run_dir, staging = self._output_dir, self._output_dir / checkpoints.STAGING_DIR
-        final, staged = run_dir / name, staging / name
-        with self._state_errors(round_index):
-            if self.args.should_save:
-                durable.remove(staging)
-            self.accelerator.wait_for_everyone()
-            try:
-                self._staging = staging
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            self.accelerator.wait_for_everyone()
-            self._correct_best_checkpoint(run_dir)
-            if self.args.should_save:
-                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-                self._complete_checkpoint(staged, round_index)
-                durable.publish(staged, final)
-                durable.remove(staging)
-                if self.args.push_to_hub:
-                    # A push under way may still read a checkpoint that is about to go.
-                    self._finish_current_push()
-                best = self.state.best_model_checkpoint
-                checkpoints.rotate(run_dir, self.args.save_total_limit, self.state.global_step, best)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-        return None
-
     def _correct_best_checkpoint(self, run_dir: Path) -> None:
-        """Upstream has looked for the best checkpoint in the staging folder."""
-        best = self.state.best_global_step
+        super()._correct_best_checkpoint(run_dir)
         if self._multi_round:
             # Upstream would end the run by removing every checkpoint but this one, the last iterate's included.
             self.state.best_model_checkpoint = None
-        elif best:
-            folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{best}"
-            if best == self.state.global_step or folder.is_dir():
-                self.state.best_model_checkpoint = str(folder)
 
-    def _complete_checkpoint(self, staged: Path, round_index: int) -> None:
-        content = {"format": "trl-extras checkpoint", "version": STATE_VERSION, "trl_extras": __version__}
-        known: dict[str, dict[str, Any]] = {}
+    def _complete_checkpoint(self, staged: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        content, known = super()._complete_checkpoint(staged)
+        round_index = max(self._round, 0)
         source = RoundFolder(self._output_dir, round_index)
         # A run of one round may have been resumed from a stock checkpoint, which holds none.
         if self._keeps_rounds and source.path.is_dir():
@@ -1313,19 +1150,8 @@ class RoundsTrainer(_Parent):
             durable.link_tree(source.path, target.path)
             prefix = target.path.relative_to(staged).as_posix()
             files = durable.read_manifest(source.path)["files"]
-            known = {f"{prefix}/{name}": entry for name, entry in files.items() if (target.path / name).is_file()}
-        durable.write_manifest(staged, content, known)
-
-    # ---- Model card ----
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        # Upstream writes a card with a checkpoint or a push only.
-        if not _internal_call and self.args.should_save:
-            self._write_card(Path(output_dir or self.args.output_dir))
-
-    def _write_card(self, folder: Path) -> None:
-        """Write the model card of a saved model; a method's own."""
+            known |= {f"{prefix}/{name}": entry for name, entry in files.items() if (target.path / name).is_file()}
+        return content, known
 
 
 @contextmanager
@@ -1339,11 +1165,6 @@ def _no_dataset_bars() -> Iterator[None]:
         yield
     finally:
         datasets.enable_progress_bars()
-
-
-def _asked(plugin: str) -> bool:
-    """Whether `accelerate launch` was told to use a plugin."""
-    return os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("1", "true", "yes", "on")
 
 
 def rows_fingerprint(rows: Any) -> str:

@@ -1,0 +1,36 @@
+"""
+*Accelerated* preference optimization (arXiv 2410.06293) over the objective of Stable Preference Optimization (arXiv
+2507.07723): the combination is ours.
+
+In round t the floor of the chosen responses is what the round's reference theta_t gives them; the floor of the SFT
+dataset stays what the initial model gave it, so that it cannot sink from round to round.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..apo.trainer import APOTrainer
+from ..spo.trainer import SPOTrainer
+from .config import APOSPOConfig
+
+
+class APOSPOTrainer(APOTrainer, SPOTrainer):
+    """
+    Trainer for *accelerated* preference optimization in rounds, each with the objective of Stable Preference
+    Optimization. Takes the arguments of [`APOTrainer`] and [`SPOTrainer`]; `args` is an [`APOSPOConfig`].
+    """
+
+    config_class = APOSPOConfig
+    _tag_names = ["trl", "dpo", "accelerated-preference-optimization", "stable-preference-optimization"]  # noqa: RUF012
+    _name = "APO-SPO"
+    _paper = {  # noqa: RUF012
+        **APOTrainer._paper,
+        "citation": f"{APOTrainer._paper['citation']}\n\n{SPOTrainer._paper['citation']}",
+    }
+
+    def _comparable_configuration(self, config: Any) -> dict[str, Any]:
+        fields = super()._comparable_configuration(config)
+        # Its rows are compared, and the name may be a folder of this machine.
+        fields.pop("sft_dataset_name", None)
+        return fields

@@ -1,0 +1,308 @@
+"""
+Checkpoints that survive a kill, resuming from them, and the model card: a mixin in front of any trainer of TRL's.
+
+What upstream leaves open, and what is done instead, stands in `checkpoints.py`.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm.auto import tqdm
+
+from .. import __version__
+from .._compat import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
+from . import checkpoints, durable
+from .state import STATE_VERSION
+
+
+if TYPE_CHECKING:
+    # For the type checker the mixin is a trainer; at run time it goes in front of one.
+    from transformers import Trainer as _Parent
+else:
+    _Parent = object
+
+# What a user mends by making room or changing rights.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
+
+
+def asked_for(plugin: str) -> bool:
+    """Whether `accelerate launch` was told to use a plugin."""
+    return os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("1", "true", "yes", "on")
+
+
+class NonFiniteError(RuntimeError):
+    """Training has produced a nan or an infinity. The last good state is on disk."""
+
+
+class WholeCheckpoints(_Parent):
+    """
+    Mixin for a TRL trainer: a folder named `checkpoint-N` is whole or not there, a loss that is not finite stops the
+    run, and the model card says what was done.
+
+    Attributes:
+        config_class: the config dataclass of this trainer.
+    """
+
+    config_class: type[Any]
+    # The folder that a checkpoint is written to before it gets its name.
+    _staging: Path | None = None
+    _resume_is_checked = False
+
+    # ---- The constructor's arguments ----
+
+    def _stock_class(self) -> Any:
+        """The TRL class behind this one."""
+        return next(cls for cls in type(self).__mro__ if cls.__module__.startswith("trl."))
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The constructor's arguments by name, as the TRL class behind this one takes them, with a config."""
+        stock = self._stock_class()
+        names = list(inspect.signature(stock.__init__).parameters)[1:]
+        if len(args) > len(names) or set(names[: len(args)]) & kwargs.keys():
+            raise TypeError(f"{type(self).__name__} takes the arguments of {stock.__name__}, each once: {names}.")
+        # Keywords that TRL's class does not know are those of a class in between.
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        config = given.get("args")
+        if config is None:
+            model = given.get("model")
+            name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+            config = given["args"] = self.config_class(f"{str(name).split('/')[-1] or 'model'}-{self._name}")
+        if not isinstance(config, self.config_class):
+            raise TypeError(
+                f"`args` has to be of type {self.config_class.__name__} for {type(self).__name__}, but is of type "
+                f"{type(config).__name__}: the former has the same fields and its own."
+            )
+        return given
+
+    def _check_resume(self, config: Any) -> None:
+        """Check the checkpoint that the configuration names; one given to `train()` alone is checked there."""
+        if self._resume_is_checked:
+            return
+        self._resume_is_checked = True
+        checkpoint, _ = checkpoints.resolve(
+            config.resume_from_checkpoint, Path(config.output_dir), self._run_of(Path(config.output_dir))
+        )
+        if checkpoint is not None:
+            self._check_checkpoint(checkpoint)
+
+    def _check_checkpoint(self, checkpoint: Path) -> dict[str, Any] | None:
+        """
+        Check that a checkpoint is one that this run can go on from. Returns its manifest, or None for a stock
+        trainer's.
+
+        Raises:
+            ValueError: what is wrong with it.
+        """
+        return self._checkpoint_manifest(checkpoint)
+
+    @staticmethod
+    def _checkpoint_manifest(checkpoint: Path) -> dict[str, Any] | None:
+        path = checkpoint / durable.MANIFEST
+        return durable.read_manifest(checkpoint) if path.is_file() else None
+
+    # ---- The run ----
+
+    @property
+    def _output_dir(self) -> Path:
+        return Path(self.args.output_dir)
+
+    def _say(self, message: str) -> None:
+        """A line for the user, once, without tearing progress bars."""
+        if self.is_world_process_zero():
+            tqdm.write(f"[{self._name}] {message}")
+
+    def _run_of(self, output_dir: Path) -> str | None:
+        """The run that an output folder belongs to, if known: checkpoints of another one are not resumed from."""
+        return None
+
+    def _begin(self, checkpoint: Path | None) -> None:
+        """The checkpoint to go on from is settled, and upstream has not begun."""
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        The parent's `train`.
+
+        Args:
+            resume_from_checkpoint: `True`, `"true"`, `"True"` or `"last"` takes the newest whole checkpoint in
+                `output_dir`, or starts from the beginning, saying so; a path takes that one.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or belongs to another run.
+        """
+        self._tidy()
+        checkpoint, told = checkpoints.resolve(
+            resume_from_checkpoint, self._output_dir, self._run_of(self._output_dir)
+        )
+        for line in told:
+            self._say(line)
+        self._begin(checkpoint)
+        if (
+            checkpoint is not None
+            and self.args.should_save
+            and checkpoint.parent.resolve() == self._output_dir.resolve()
+        ):
+            # A kill may have come between a checkpoint and the removal of older ones.
+            state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            checkpoints.rotate(
+                self._output_dir, self.args.save_total_limit, state["global_step"], state.get("best_model_checkpoint")
+            )
+        path = None if checkpoint is None else str(checkpoint)
+        try:
+            return super().train(
+                resume_from_checkpoint=path, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval, **kwargs
+            )
+        finally:
+            # Upstream leaves it set where training ends by an exception; an evaluation by hand looks at it.
+            self.is_in_train = False
+
+    def _tidy(self) -> None:
+        """Remove what a killed run left unfinished."""
+        if self.args.should_save:
+            durable.sweep(self._folders_to_sweep())
+            durable.remove(self._output_dir / checkpoints.STAGING_DIR)
+        self.accelerator.wait_for_everyone()
+
+    def _folders_to_sweep(self) -> list[Path]:
+        """Where a killed run may have left files under temporary names."""
+        return [self._output_dir]
+
+    # ---- Guards ----
+
+    def _where(self, round_index: int | None = None, ahead: int = 0) -> str:
+        """The last step, or the one that many ahead of it, for messages; a method in rounds names the round too."""
+        return f"Step {self.state.global_step + ahead}"
+
+    @contextmanager
+    def _state_errors(self, round_index: int | None = None) -> Iterator[None]:
+        """Name the step in whatever goes wrong while state is written."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            free = shutil.disk_usage(self._output_dir).free if self._output_dir.is_dir() else 0
+            raise RuntimeError(
+                f"{self._where(round_index)}: the run's state could not be written ({error.strerror or error}; "
+                f"{free / 1e9:.1f} GB are free). The last whole checkpoint stays; make room and go on with "
+                "`resume_from_checkpoint='last'`."
+            ) from error
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        # Upstream logs the mean of earlier losses in place of a non-finite one, and trains on.
+        if not torch.isfinite(loss).all():
+            raise NonFiniteError(
+                f"{self._where(ahead=1)}: the loss is {loss.item()}. Training stops; the last whole checkpoint is "
+                "good. Lower the learning rate or look at the data of this step."
+            )
+        return loss
+
+    def _refuse_non_finite_weights(self) -> None:
+        """Raise a [`NonFiniteError`] if a weight is not finite; a method's own."""
+
+    # ---- Checkpoints ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # A push reads the folder in the background: it waits until the checkpoint has its final name.
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Upstream's checkpoint, written elsewhere, completed, synced, and then renamed."""
+        if trial is not None:
+            return super()._save_checkpoint(model, trial)
+        self._refuse_non_finite_weights()
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        run_dir, staging = self._output_dir, self._output_dir / checkpoints.STAGING_DIR
+        final, staged = run_dir / name, staging / name
+        with self._state_errors():
+            if self.args.should_save:
+                durable.remove(staging)
+            self.accelerator.wait_for_everyone()
+            try:
+                self._staging = staging
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            self.accelerator.wait_for_everyone()
+            self._correct_best_checkpoint(run_dir)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+                content, known = self._complete_checkpoint(staged)
+                durable.write_manifest(staged, content, known)
+                durable.publish(staged, final)
+                durable.remove(staging)
+                if self.args.push_to_hub:
+                    # A push under way may still read a checkpoint that is about to go.
+                    self._finish_current_push()
+                best = self.state.best_model_checkpoint
+                checkpoints.rotate(run_dir, self.args.save_total_limit, self.state.global_step, best)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        return None
+
+    def _correct_best_checkpoint(self, run_dir: Path) -> None:
+        """Upstream has looked for the best checkpoint in the staging folder."""
+        best = self.state.best_global_step
+        if best:
+            folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+            if best == self.state.global_step or folder.is_dir():
+                self.state.best_model_checkpoint = str(folder)
+
+    def _complete_checkpoint(self, staged: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        """
+        Add to a checkpoint that is about to get its name what going on from it takes, on the process that writes.
+
+        Returns:
+            What its manifest says, and the entries of files whose checksums are known already, by relative path.
+        """
+        return {"format": "trl-extras checkpoint", "version": STATE_VERSION, "trl_extras": __version__}, {}
+
+    # ---- Model card ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        # Upstream writes a card with a checkpoint or a push only.
+        if not _internal_call and self.args.should_save:
+            self._write_card(Path(output_dir or self.args.output_dir))
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write the model card to `output_dir`: what was trained, how, and what came of it; no local paths."""
+        if not self._paper.get("title"):
+            # A method of somebody's own, which has no card of ours.
+            super().create_model_card(model_name, dataset_name, tags)
+            return
+        folder = Path(self.args.output_dir)
+        if self.is_world_process_zero():
+            folder.mkdir(parents=True, exist_ok=True)
+        self._write_card(folder, model_name, dataset_name, tags)
+
+    def _write_card(self, folder: Path, *about: Any) -> None:
+        """Write the model card of a saved model."""
+        # Here, because a card tells of rounds and rollouts, which stand on this module.
+        from ..cards import build_card
+
+        if self.is_world_process_zero() and self._paper.get("title"):
+            build_card(self, *about).save(folder / "README.md")

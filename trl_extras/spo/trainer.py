@@ -1,0 +1,683 @@
+"""
+Stable Preference Optimization (arXiv 2507.07723), as a subclass of TRL's DPOTrainer.
+
+| symbol (`docs/spo.md`) | here |
+|---|---|
+| L_pref, the upper level | the parent's loss, with any of its losses, and those of `losses.py` |
+| gap, the lower level's distance from its floor | `objective.py` |
+| lambda, epsilon, eta | `sft_coef`, `sft_tolerance`, `inner_learning_rate` |
+| theta' = theta - eta * grad L_SFT(theta) | `_move_inside`, with the steps of `inner.py` |
+
+The parent's loss is not copied: a callable stands in for the model, hands the call on and keeps the log-probabilities.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate.utils import gather_object
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers.utils import logging
+from trl import DPOTrainer
+
+from ..errors import ConfigurationError
+from ..rounds import durable
+from ..rounds.saving import WholeCheckpoints, asked_for
+from ..rounds.state import FullWeights
+from . import inner, losses, objective
+from .config import OWN_LOSSES, SPOConfig
+from .sft_data import IGNORED, SFTRows, load_rows, processing_class_of
+
+
+logger = logging.get_logger(__name__)
+
+# Beside the run and in every checkpoint; upstream leaves out of uploads what begins with "_".
+_FOLDER = "_spo"
+_OPTIMUM_FILE = "sft_optimum.safetensors"
+# More than this share of displaced pairs in one logging window is worth a word.
+_MANY_DISPLACED = 0.5
+
+
+class _Forward:
+    """Stands in for a model: hands calls on, keeps the first one's output, and then calls `after` once."""
+
+    def __init__(self, model: Any, after: Any):
+        self.model, self.after = model, after
+        self.outputs: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = self.model(*args, **kwargs)
+        if self.outputs is None:
+            self.outputs = outputs
+            self.after()
+        return outputs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+class _Window:
+    """The micro-batches of one optimizer step on this process, and what belongs to them together."""
+
+    def __init__(self, batches: list[Any]):
+        self.batches = batches
+        self.position = 0
+        # Trainable weights as they were before inner steps, while the live ones are elsewhere.
+        self.saved: list[Tensor] | None = None
+        # By source, where one hinge spans several micro-batches: whether it is active, and the tokens of all.
+        self.totals: dict[str, tuple[bool, Tensor]] = {}
+        # By micro-batch: the reference's log-probabilities of chosen and rejected, where they are known already.
+        self.references: dict[int, tuple[Tensor, Tensor]] = {}
+        # By micro-batch: the SFT rows on the device, where they have been used already.
+        self.sft: dict[int, dict[str, Tensor]] = {}
+
+
+class SPOTrainer(WholeCheckpoints, DPOTrainer):
+    """
+    Trainer for Stable Preference Optimization: preference learning above a floor for the likelihood of what the model
+    shall keep (arXiv 2507.07723).
+
+    The objective is [`~trl.DPOTrainer`]'s loss plus `sft_coef` times the gap by which the chosen responses, rows of an
+    SFT dataset, or both have fallen below what the reference gives them; above the floor it adds nothing. Takes
+    exactly the arguments of [`~trl.DPOTrainer`]; `args` is an [`SPOConfig`].
+
+    Args:
+        sft_dataset ([`~datasets.Dataset`], *optional*):
+            Rows whose likelihood is to be kept, in any format that [`~trl.SFTTrainer`] takes. Wins over the config's
+            `sft_dataset_name`.
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from trl_extras import SPOConfig, SPOTrainer
+
+    >>> trainer = SPOTrainer(
+    ...     model="Qwen/Qwen2.5-0.5B-Instruct",
+    ...     args=SPOConfig("out", sft_coef=1.0),
+    ...     train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
+    ...     sft_dataset=load_dataset("trl-lib/Capybara", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    config_class = SPOConfig
+    loss_types: list[str]
+    loss_weights: list[float]
+    precompute_ref_logps: bool
+    _tag_names = ["trl", "dpo", "stable-preference-optimization"]  # noqa: RUF012
+    _name = "SPO"
+    _paper = {  # noqa: RUF012
+        "title": "Stable Preference Optimization",
+        "id": "2507.07723",
+        "citation": textwrap.dedent("""\
+            @misc{spo2025,
+                title  = {{Stable Preference Optimization}},
+                year   = 2025,
+                eprint = {arXiv:2507.07723},
+            }"""),
+    }
+
+    def __init__(self, *args: Any, sft_dataset: Any = None, **kwargs: Any):
+        given = self._bind(args, kwargs)
+        config = given["args"]
+        self._spo_window: _Window | None = None
+        self._spo_eval_batches = 0
+        self._spo_warned = False
+        self._spo_rows: SFTRows | None = None
+        self._spo_optimum: Tensor | None = None
+        rows = load_rows(sft_dataset, config)
+        self._spo_sources = self._check_sources(config, rows is not None)
+        self._check_settings(given, config)
+        self._check_resume(config)
+        if rows is not None:
+            # Before any weights load, as far as a mistake in the rows can be found without them.
+            given["processing_class"] = processing_class_of(given, config)
+            self._spo_rows = SFTRows(rows, given["processing_class"], config)
+        super().__init__(**given)
+        # The parent computes its own losses of the list, ours are added to them.
+        pairs = list(zip(self.loss_types, self.loss_weights, strict=True))
+        self._spo_losses = [(name, weight) for name, weight in pairs if name in OWN_LOSSES]
+        self.loss_types = [name for name, _ in pairs if name not in OWN_LOSSES]
+        self.loss_weights = [weight for name, weight in pairs if name not in OWN_LOSSES]
+        if config.bilevel_solver != "penalty":
+            self._check_precision()
+        if self._spo_rows is not None and config.optimum is None:
+            self._spo_optimum = self._initial_optimum(self._spo_rows)
+
+    # ---- Checks ----
+
+    @staticmethod
+    def _check_sources(config: SPOConfig, has_rows: bool) -> tuple[str, ...]:
+        """The sources of lower-level data."""
+        lower_level = config.lower_level or ("both" if has_rows else "chosen")
+        if lower_level != "chosen" and not has_rows:
+            raise ConfigurationError(
+                f"`lower_level` is {lower_level!r}, but there is no SFT dataset: give `sft_dataset` or "
+                "`sft_dataset_name`, or use 'chosen'."
+            )
+        if lower_level == "chosen" and has_rows:
+            raise ConfigurationError(
+                "`sft_dataset` is given, but `lower_level='chosen'` does not use it: leave one out, or use 'both'."
+            )
+        if config.sft_batch_size is not None and not has_rows:
+            raise ConfigurationError(
+                f"`sft_batch_size` is {config.sft_batch_size}, but there is no SFT dataset: leave it out, or give "
+                "`sft_dataset` or `sft_dataset_name`."
+            )
+        return {"chosen": ("chosen",), "sft_dataset": ("sft",), "both": ("chosen", "sft")}[lower_level]
+
+    def _check_settings(self, given: dict[str, Any], config: SPOConfig) -> None:
+        """What this method cannot be right with."""
+        inside, accumulates = config.bilevel_solver != "penalty", config.gradient_accumulation_steps > 1
+        solver = f"`bilevel_solver={config.bilevel_solver!r}`"
+        sharded = None
+        if config.deepspeed or getattr(config, "deepspeed_plugin", None) is not None or asked_for("DEEPSPEED"):
+            sharded = "DeepSpeed"
+        elif config.fsdp or asked_for("FSDP") or asked_for("MEGATRON_LM"):
+            sharded = "FSDP"
+        if sharded and inside:
+            raise ConfigurationError(
+                f"{solver} moves whole weights in place, but {sharded} keeps them in shards: use DDP, or 'penalty'."
+            )
+        if sharded and "sft" in self._spo_sources and config.optimum is None:
+            raise ConfigurationError(
+                f"`sft_optimum='reference'` of an SFT dataset is computed before training, with whole weights, but "
+                f"{sharded} keeps them in shards: use DDP, or give `sft_optimum` as a number."
+            )
+        if getattr(config, "parallelism_config", None) is not None:
+            raise ConfigurationError(
+                "`parallelism_config` splits sequences or repeats batches over processes, and the floor is one of "
+                "whole responses: leave it out."
+            )
+        train = given.get("train_dataset")
+        sample: Any = next(iter(train), {}) if isinstance(train, (datasets.Dataset, datasets.IterableDataset)) else {}
+        if {"image", "images"} & set(sample) and (inside or (config.hinge == "batch" and accumulates)):
+            setting = solver if inside else "`hinge='batch'` with gradient accumulation"
+            raise ConfigurationError(
+                f"{setting} takes chosen responses out of their pairs, which does not work with images so far: use "
+                "'penalty' with `hinge='example'`."
+            )
+        if config.is_reference_free and isinstance(train, datasets.IterableDataset):
+            raise ConfigurationError(
+                f"`loss_type={config.loss_type}` keeps no reference model, so the floor's values are computed before "
+                "training, but `train_dataset` streams: load it without streaming."
+            )
+
+    def _check_precision(self) -> None:
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad and weight.dtype in (torch.bfloat16, torch.float16):
+                raise ConfigurationError(
+                    f"`bilevel_solver={self.args.bilevel_solver!r}` adds small steps to the weights, but {name!r} is "
+                    f"{str(weight.dtype).removeprefix('torch.')} and would lose them to rounding: load the model in "
+                    "float32 (`bf16=True` still computes in bfloat16), or use 'penalty'."
+                )
+
+    # ---- The floor of the SFT dataset: the initial model's values, once ----
+
+    def _initial_optimum(self, rows: SFTRows) -> Tensor:
+        """
+        nll* of every SFT row under the model as it was handed in, (rows,), nats per token; from disk where a run in
+        this folder has computed it for these weights and rows.
+        """
+        key = f"{FullWeights(self.model).fingerprint()} {rows.fingerprint}"
+        path = self._output_dir / _FOLDER / _OPTIMUM_FILE
+        found = _read_optimum(path)
+        here = found is not None and found[0] == key
+        # All have looked before anyone writes.
+        self.accelerator.wait_for_everyone()
+        if here and found is not None:
+            return found[1]
+        size = self.args.per_device_eval_batch_size
+        batches = [list(range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
+        mine = range(self.accelerator.process_index, len(batches), self.accelerator.num_processes)
+        values: list[tuple[int, list[float]]] = []
+        bar = tqdm(
+            mine,
+            desc="The SFT rows' likelihood under the initial model",
+            disable=self.args.disable_tqdm or not self.is_world_process_zero(),
+        )
+        training = self.model.training
+        self.model.eval()
+        try:
+            for number in bar:
+                with torch.no_grad(), self.accelerator.autocast():
+                    batch = self._on_device(rows.batch(batches[number]))
+                    log_probs, tokens = self._sft_log_probs(self.model, batch)
+                values.append((number, objective.nll_per_token(log_probs, tokens).float().tolist()))
+        finally:
+            self.model.train(training)
+        if self.accelerator.num_processes > 1:
+            values = gather_object(values)
+        optimum = torch.tensor([value for _, part in sorted(values) for value in part])
+        if self.args.should_save:
+            self._write_optimum(path, key, optimum)
+        return optimum
+
+    def _write_optimum(self, path: Path, key: str, optimum: Tensor) -> None:
+        partial = path.with_name(f"{durable.PARTIAL_PREFIX}{path.name}")
+        with self._state_errors():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"nll": optimum}, partial, metadata={"key": key})
+            durable.sync(partial)
+            partial.replace(path)
+
+    def _folders_to_sweep(self) -> list[Path]:
+        return [*super()._folders_to_sweep(), self._output_dir / _FOLDER]
+
+    def _begin(self, checkpoint: Path | None) -> None:
+        super()._begin(checkpoint)
+        self._spo_warned = False
+        if self._spo_rows is None or checkpoint is None:
+            return
+        manifest = self._checkpoint_manifest(checkpoint) or {}
+        before = manifest.get("sft_rows")
+        if before is None:
+            self._say(
+                f"{checkpoint.name} was written without an SFT dataset; this one's floor is the initial model's."
+            )
+            return
+        if before != self._spo_rows.fingerprint:
+            raise ConfigurationError(
+                "`sft_dataset` does not hold the rows of the run that is resumed: pass those, or begin anew in "
+                "another `output_dir`."
+            )
+        found = _read_optimum(checkpoint / _FOLDER / _OPTIMUM_FILE)
+        if found is not None and self._spo_optimum is not None and not torch.equal(found[1], self._spo_optimum):
+            # The model that a run goes on with need not be the one it began with, but the floor is that one's.
+            self._say("The floor of the SFT dataset is that of the run's initial model, from the checkpoint.")
+            self._spo_optimum = found[1]
+            if self.args.should_save:
+                self._write_optimum(self._output_dir / _FOLDER / _OPTIMUM_FILE, *found)
+
+    def _complete_checkpoint(self, staged: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+        content, known = super()._complete_checkpoint(staged)
+        if self._spo_rows is not None:
+            content["sft_rows"] = self._spo_rows.fingerprint
+        path = self._output_dir / _FOLDER / _OPTIMUM_FILE
+        if self._spo_optimum is not None and path.is_file():
+            durable.link_tree(path.parent, staged / _FOLDER)
+        return content, known
+
+    # ---- The loss ----
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """
+        The objective of a batch of pairs: the parent's loss, our losses, and lambda times the gap.
+
+        Returns:
+            As the parent's.
+        """
+        training = self.model.training
+        # A copy: the reference's values are put into it, where the parent looks for values computed ahead.
+        inputs = dict(inputs)
+        ahead = self.precompute_ref_logps
+
+        def add_reference() -> None:
+            # After the policy's forward, as in the parent: it may draw random numbers.
+            if not ahead:
+                known = self._current(training).references.get(self._current(training).position)
+                if known is None:
+                    known = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+                inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = known
+
+        forward = _Forward(model, add_reference)
+        self.precompute_ref_logps = True
+        try:
+            result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self.precompute_ref_logps = ahead
+        loss, outputs = result if return_outputs else (result, None)
+        loss = self._spo_objective(model, inputs, forward.outputs, loss, training)
+        return (loss, outputs) if return_outputs else loss
+
+    def _spo_objective(self, model: Any, inputs: dict[str, Any], outputs: Any, loss: Any, training: bool) -> Tensor:
+        """Our losses and the gap added to the parent's loss, and the metrics."""
+        mask = inputs["completion_mask"][:, 1:]
+        # Prompt-learning adapters put virtual tokens in front.
+        chosen, rejected = outputs.log_probs[:, -mask.size(1) :].sum(dim=1).chunk(2)
+        chosen_tokens, rejected_tokens = mask.sum(dim=1).chunk(2)
+        ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        for name, weight in self._spo_losses:
+            if name == "simpo":
+                pairs = losses.simpo_loss(
+                    chosen, rejected, chosen_tokens, rejected_tokens, self.beta, self.args.simpo_gamma
+                )
+            else:
+                pairs = losses.dpop_loss(chosen, rejected, ref_chosen, ref_rejected, self.beta, self.args.dpop_lambda)
+            loss = loss + weight * pairs.mean()
+
+        coefficient = self.args.sft_coef
+        gaps: dict[str, Tensor] = {}
+        if "chosen" in self._spo_sources:
+            gaps["chosen"] = self._gap("chosen", chosen, chosen_tokens, ref_chosen, training)
+        if "sft" in self._spo_sources:
+            gaps["sft"] = self._sft_gap(model, training, with_gradient=coefficient > 0)
+        penalty = coefficient * sum(gaps.values())
+        self._spo_metrics(
+            chosen.detach() - ref_chosen, rejected.detach() - ref_rejected, gaps, loss.detach(), training
+        )
+        # Not added where it is zero: then this is the parent's loss, to the bit.
+        return loss + penalty if coefficient > 0 else loss
+
+    def _gap(self, source: str, log_probs: Tensor, tokens: Tensor, reference: Tensor | None, training: bool) -> Tensor:
+        """
+        The gap of the responses of one micro-batch, or its part of one that spans all micro-batches and processes.
+
+        Args:
+            log_probs, tokens: of each response, (N,).
+            reference: log-probabilities under the reference, (N,), or None for a number as floor.
+        """
+        optimum: Any = self.args.optimum
+        if optimum is None:
+            assert reference is not None
+            optimum = objective.nll_per_token(reference, tokens)
+        tolerance = self.args.sft_tolerance
+        if self.args.hinge == "example":
+            return objective.example_gap(objective.nll_per_token(log_probs, tokens), optimum, tolerance)
+        nll_sum, optimum_sum = -log_probs.sum(), (optimum * tokens).sum()
+        window = self._current(training)
+        if source in window.totals:
+            active, all_tokens = window.totals[source]
+        else:
+            active, all_tokens = self._is_active(nll_sum, optimum_sum, tokens.sum())
+        parts = len(window.batches) * self.accelerator.num_processes
+        part = objective.batch_part(nll_sum, optimum_sum, all_tokens, tolerance, parts)
+        return part if active else part.detach() * 0
+
+    def _is_active(self, nll_sum: Tensor, optimum_sum: Tensor, tokens: Tensor) -> tuple[bool, Tensor]:
+        """Whether the hinge over the global batch is active, from this process's sums; and the batch's tokens."""
+        sums = torch.stack([nll_sum.detach().double(), optimum_sum.detach().double(), tokens.double()])
+        sums = self.accelerator.reduce(sums, reduction="sum")
+        excess = objective.batch_excess(sums[0], sums[1], sums[2], self.args.sft_tolerance)
+        return bool(excess > 0), sums[2].float()
+
+    def _sft_gap(self, model: Any, training: bool, with_gradient: bool) -> Tensor:
+        window = self._current(training)
+        position = window.position
+        indices = self._sft_indices(position, training)
+        batch = window.sft[position] if position in window.sft else self._sft_batch(indices)
+        # Nothing of what a forward without a gradient draws may reach training.
+        with contextlib.ExitStack() as stack:
+            if not with_gradient:
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(self._fork_of_random_numbers())
+            log_probs, tokens = self._sft_log_probs(model, batch)
+        return self._gap("sft", log_probs, tokens, self._sft_reference(indices, tokens), training)
+
+    def _sft_reference(self, indices: list[int], tokens: Tensor) -> Tensor | None:
+        """Log-probabilities of SFT rows under the initial model, (N,), or None where the floor is a number."""
+        if self._spo_optimum is None:
+            return None
+        return -self._spo_optimum[indices].to(tokens.device) * tokens
+
+    def _sft_indices(self, position: int, training: bool) -> list[int]:
+        """The SFT rows beside micro-batch `position` of this process: a function of the step, the same in any life."""
+        assert self._spo_rows is not None
+        size = self.args.sft_batch_size or self.args.per_device_train_batch_size
+        processes, process = self.accelerator.num_processes, self.accelerator.process_index
+        if not training:
+            # In order from the first row on, so that evaluations see the same rows.
+            return self._spo_rows.indices((self._spo_eval_batches * processes + process) * size, size, shuffled=False)
+        batch = self.state.global_step * self.args.gradient_accumulation_steps + position
+        return self._spo_rows.indices((batch * processes + process) * size, size)
+
+    def _sft_batch(self, indices: list[int]) -> dict[str, Tensor]:
+        assert self._spo_rows is not None
+        return self._on_device(self._spo_rows.batch(indices))
+
+    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self.accelerator.device) for name, value in batch.items()}
+
+    @staticmethod
+    def _sft_log_probs(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Log-probability and number of tokens of each row's response, (N,) each."""
+        outputs = model(**batch, use_cache=False, fused_lm_head=True)
+        tokens = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
+        return outputs.log_probs[:, -(batch["labels"].size(1) - 1) :].sum(dim=1), tokens
+
+    def _fork_of_random_numbers(self) -> Any:
+        return torch.random.fork_rng(devices=range(torch.cuda.device_count()))
+
+    # ---- Metrics ----
+
+    def _spo_metrics(
+        self, chosen_change: Tensor, rejected_change: Tensor, gaps: dict[str, Tensor], loss: Tensor, training: bool
+    ) -> None:
+        """Record what the docs list, averaged over processes; `log` averages over the logging window."""
+        metrics = self._metrics["train" if training else "eval"]
+        values = torch.stack(
+            [
+                chosen_change.mean(), rejected_change.mean(), (chosen_change < 0).float().mean(), loss,
+                *(gap.detach() for gap in gaps.values()),
+            ]
+        )  # fmt: skip
+        values = self.accelerator.gather(values.float()[None]).mean(dim=0)
+        chosen, rejected, displaced, preference, *gap_values = values.tolist()
+        metrics["spo/chosen_change"].append(chosen)
+        metrics["spo/rejected_change"].append(rejected)
+        metrics["spo/displaced"].append(displaced)
+        for source, value in zip(gaps, gap_values, strict=True):
+            metrics[f"spo/gap_{source}"].append(value)
+        penalty = self.args.sft_coef * sum(gap_values)
+        metrics["spo/penalty"].append(penalty)
+        metrics["spo/penalty_share"].append(objective.penalty_share(preference, penalty))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """The parent's `log`; says once if pairs are displaced and nothing holds them."""
+        displaced = self._metrics["train"].get("spo/displaced") if self.model.training else None
+        if displaced and self.args.sft_coef == 0 and not self._spo_warned:
+            share = sum(displaced) / len(displaced)
+            if share > _MANY_DISPLACED:
+                self._spo_warned = True
+                logger.warning(
+                    f"{share:.0%} of the chosen responses of the last {len(displaced)} batches are less likely than "
+                    "under the reference: training moves probability to responses outside the data. Set `sft_coef` "
+                    "above 0 (1.0 by default) and, better still, give an `sft_dataset` of what the model shall keep; "
+                    "a lower learning rate or a larger `beta` displace less, too."
+                )
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._spo_eval_batches = 0
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().prediction_step(*args, **kwargs)
+        self._spo_eval_batches += 1
+        return result
+
+    # ---- One window: the micro-batches of an optimizer step ----
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        self._spo_window = _Window(samples)
+        return samples, items
+
+    def _current(self, training: bool) -> _Window:
+        """The window of the loss being computed: one of a single batch outside of training steps."""
+        if training and self._spo_window is not None:
+            return self._spo_window
+        return _Window([None])
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The parent's training step; inner steps come before the first one of a window and end with its last."""
+        window = self._spo_window
+        if window is None or window.position >= len(window.batches) or window.batches[window.position] is not inputs:
+            # Called by hand.
+            window = self._spo_window = _Window([inputs])
+        try:
+            if window.position == 0:
+                self._begin_window(model, window)
+            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+            window.position += 1
+            if window.position == len(window.batches):
+                self._end_window(model, window)
+        except BaseException:
+            # Whoever catches this finds the weights, not what inner steps have made of them.
+            if window.saved is not None:
+                inner.restore_(self._inner_weights(), window.saved)
+            self._spo_window = None
+            raise
+        return loss
+
+    def _inner_weights(self) -> list[Tensor]:
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
+
+    def _begin_window(self, model: Any, window: _Window) -> None:
+        model.train()
+        if self.args.bilevel_solver != "penalty":
+            self._move_inside(model, window)
+        if self.args.hinge == "batch" and len(window.batches) > 1:
+            self._settle_hinges(model, window)
+
+    def _end_window(self, model: Any, window: _Window) -> None:
+        self._spo_window = None
+        if self.args.bilevel_solver == "unrolled":
+            assert window.saved is not None
+            weights = self._inner_weights()
+            inner.restore_(weights, window.saved)
+            if self.args.hypergradient == "central_difference":
+                # Before anything touches the weights: `window.saved` is what an error would bring back.
+                self._correct_gradient(model, window, weights)
+        window.saved = None
+
+    def _move_inside(self, model: Any, window: _Window) -> None:
+        """theta -> theta': the inner steps, in place."""
+        weights = self._inner_weights()
+        window.saved = inner.copies(weights)
+        for _ in range(self.args.inner_steps):
+            inner.step_(weights, self._lower_gradient(model, window, weights), self.args.inner_rate)
+
+    def _correct_gradient(self, model: Any, window: _Window, weights: list[Tensor]) -> None:
+        """The gradient v of the window, taken at theta', becomes (I - eta * H) v, H at theta."""
+        vector = [weight.grad for weight in weights]
+        products = inner.hessian_vector(
+            weights,
+            vector,
+            lambda: self._lower_gradient(model, window, weights),
+            inner.difference_radius(weights, vector),
+        )
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        inner.step_(
+            gradients,
+            [product for weight, product in zip(weights, products, strict=True) if weight.grad is not None],
+            self.args.inner_rate,
+        )
+
+    def _lower_gradient(self, model: Any, window: _Window, weights: list[Tensor]) -> list[Tensor | None]:
+        """
+        The gradient of L_SFT, the token-mean negative log-likelihood of the window's lower-level responses on all
+        processes, at the live weights. Leaves gradients, random numbers and DDP's buckets alone.
+        """
+        # Not the wrapped model: `autograd.grad` never runs the hooks by which DDP adds up gradients.
+        plain = self.accelerator.unwrap_model(model)
+        with self._fork_of_random_numbers():
+            total = self._lower_tokens(window)
+            gradients: list[Tensor | None] = [None] * len(weights)
+            for position in range(len(window.batches)):
+                for batch in self._lower_batches(window, position):
+                    with self.compute_loss_context_manager():
+                        log_probs, _ = self._sft_log_probs(plain, batch)
+                    found = torch.autograd.grad(-log_probs.sum() / total, weights, allow_unused=True)
+                    for number, gradient in enumerate(found):
+                        before = gradients[number]
+                        if gradient is not None:
+                            gradients[number] = gradient if before is None else before.add_(gradient)
+        if self.accelerator.num_processes > 1:
+            # One that got no gradient here may have got one elsewhere.
+            gradients = [
+                self.accelerator.reduce(torch.zeros_like(weight) if gradient is None else gradient, reduction="sum")
+                for weight, gradient in zip(weights, gradients, strict=True)
+            ]
+        return gradients
+
+    def _lower_tokens(self, window: _Window) -> Tensor:
+        count = sum(
+            (batch["labels"][:, 1:] != IGNORED).sum()
+            for position in range(len(window.batches))
+            for batch in self._lower_batches(window, position)
+        )
+        return self.accelerator.reduce(torch.as_tensor(count).float(), reduction="sum").clamp(min=1)
+
+    def _lower_batches(self, window: _Window, position: int) -> Iterator[dict[str, Tensor]]:
+        """The lower-level responses beside one micro-batch, each kind as a batch with labels."""
+        if "chosen" in self._spo_sources:
+            yield self._chosen_batch(window.batches[position])
+        if "sft" in self._spo_sources:
+            if position not in window.sft:
+                window.sft[position] = self._sft_batch(self._sft_indices(position, training=True))
+            yield window.sft[position]
+
+    def _chosen_batch(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """The chosen half of a batch of pairs, without the columns that only the rejected half fills."""
+        inputs = self._prepare_inputs(inputs)
+        half = inputs["input_ids"].size(0) // 2
+        attention = inputs["attention_mask"][:half]
+        # Padded on the right.
+        length = int(attention.sum(dim=1).max())
+        ids, mask = inputs["input_ids"][:half, :length], inputs["completion_mask"][:half, :length]
+        return {
+            "input_ids": ids,
+            "attention_mask": attention[:, :length],
+            "labels": ids.masked_fill(mask == 0, IGNORED),
+        }
+
+    def _settle_hinges(self, model: Any, window: _Window) -> None:
+        """
+        Whether each hinge over the window is active: a pass without gradients, because the gradient of every
+        micro-batch depends on it. Values of the reference that it takes are kept for the loss.
+        """
+        plain = self.accelerator.unwrap_model(model)
+        sums = {
+            source: torch.zeros(3, dtype=torch.double, device=self.accelerator.device) for source in self._spo_sources
+        }
+        with self._fork_of_random_numbers(), torch.no_grad(), self.compute_loss_context_manager():
+            for position, given in enumerate(window.batches):
+                inputs = self._prepare_inputs(given)
+                if "chosen" in sums:
+                    log_probs, tokens = self._sft_log_probs(plain, self._chosen_batch(given))
+                    reference = None
+                    if self.args.optimum is None:
+                        if self.precompute_ref_logps:
+                            reference = inputs["ref_chosen_logps"]
+                        else:
+                            known = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+                            window.references[position], reference = known, known[0]
+                    sums["chosen"] += self._sums(log_probs, tokens, reference)
+                if "sft" in sums:
+                    indices = self._sft_indices(position, training=True)
+                    if position not in window.sft:
+                        window.sft[position] = self._sft_batch(indices)
+                    log_probs, tokens = self._sft_log_probs(plain, window.sft[position])
+                    sums["sft"] += self._sums(log_probs, tokens, self._sft_reference(indices, tokens))
+        for source, (nll_sum, optimum_sum, tokens) in sums.items():
+            window.totals[source] = self._is_active(nll_sum, optimum_sum, tokens)
+
+    def _sums(self, log_probs: Tensor, tokens: Tensor, reference: Tensor | None) -> Tensor:
+        optimum_sum = self.args.optimum * tokens.sum() if reference is None else -reference.sum()
+        return torch.stack([-log_probs.sum().double(), optimum_sum.double(), tokens.sum().double()])
+
+
+def _read_optimum(path: Path) -> tuple[str, Tensor] | None:
+    """The key and values of a file that [`SPOTrainer`] wrote, or None if there is none that can be read."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str((file.metadata() or {}).get("key")), file.get_tensor("nll")
+    except Exception as error:
+        logger.warning(f"{path.name} cannot be read and is made anew ({type(error).__name__}).")
+        return None
