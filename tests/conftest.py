@@ -64,3 +64,26 @@ def make_apo(base: Path, tmp_path: Path) -> Callable[..., Any]:
         )
 
     return make
+
+
+@pytest.fixture
+def make_spo(base: Path, tmp_path: Path) -> Callable[..., Any]:
+    """An SPOTrainer over the tiny model: `make_spo("folder", sft_coef=0.5, ...)`; arguments of SPOConfig."""
+    from trl_extras import SPOConfig, SPOTrainer
+
+    def make(
+        folder: str | Path = "out", *, model: Any = None, data: Any = None, cls: Any = SPOTrainer, **kwargs: Any
+    ) -> Any:
+        keys = ("ref_model", "eval_dataset", "callbacks", "optimizers", "peft_config", "sft_dataset", "reward_funcs")
+        given = {key: kwargs.pop(key) for key in keys if key in kwargs}
+        config: Any = getattr(cls, "config_class", SPOConfig)
+        defaults = {"num_train_epochs": 1, "train_sampling_strategy": "sequential"}
+        return cls(
+            model=str(base) if model is None else model,
+            args=config(**tiny.arguments(tmp_path / folder, **{**defaults, **kwargs})),
+            train_dataset=tiny.make_pairs(12) if data is None else data,
+            processing_class=tiny.make_tokenizer(),
+            **given,
+        )
+
+    return make

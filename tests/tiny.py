@@ -87,6 +87,12 @@ def make_pairs(rows: int = 24, seed: int = 0, conversational: bool = False) -> d
     return datasets.Dataset.from_list([{"prompt": p + " ", "chosen": c, "rejected": r} for p, c, r in pairs])
 
 
+def make_sft_rows(rows: int = 10, seed: int = 9) -> datasets.Dataset:
+    """Prompts and completions of uneven lengths."""
+    pairs = make_pairs(rows, seed=seed)
+    return datasets.Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs])
+
+
 def arguments(output_dir: Path | str, **kwargs: Any) -> dict[str, Any]:
     """Training arguments that suit a test on a CPU."""
     return {

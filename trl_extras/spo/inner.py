@@ -9,6 +9,7 @@ which fused kernels do not have.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -43,15 +44,17 @@ def _norm(tensors: Sequence[Tensor | None]) -> float:
 
 def difference_radius(weights: Sequence[Tensor], vector: Sequence[Tensor | None]) -> float:
     """
-    How far along `vector` the central difference looks (our choice, after the usual rule for central differences:
-    the cube root of the rounding error, relative to the size of what is perturbed): with u the unit roundoff of the
-    coarsest weight, r = u^(1/3) * (1 + |theta|) / |v|. 0 where `vector` is zero.
+    How far along `vector` the central difference looks: with u the unit roundoff of the coarsest weight,
+    r = sqrt(u) / 4 * (1 + |theta|) / |v|; 0 where `vector` is zero.
+
+    Our choice. A rounding error of the gradients is divided by r, the error of the formula grows with r squared; on
+    small Llamas in float32 the sum of both is least, 1e-5 to 1e-4 of the result, within a factor of two of this.
     """
     length = _norm(vector)
     if length == 0:
         return 0.0
     rounding = max((torch.finfo(weight.dtype).eps for weight in weights), default=0.0)
-    return float(rounding ** (1 / 3) * (1 + _norm(weights)) / length)
+    return math.sqrt(rounding) / 4 * (1 + _norm(weights)) / length
 
 
 def hessian_vector(

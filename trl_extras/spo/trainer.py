@@ -278,10 +278,16 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
     def _begin(self, checkpoint: Path | None) -> None:
         super()._begin(checkpoint)
         self._spo_warned = False
-        if self._spo_rows is None or checkpoint is None:
+        if checkpoint is None:
             return
-        manifest = self._checkpoint_manifest(checkpoint) or {}
-        before = manifest.get("sft_rows")
+        before = (self._checkpoint_manifest(checkpoint) or {}).get("sft_rows")
+        if self._spo_rows is None:
+            if before is not None:
+                raise ConfigurationError(
+                    f"{checkpoint.name} was written with an SFT dataset, but there is none now: give it again, or "
+                    "begin anew in another `output_dir`."
+                )
+            return
         if before is None:
             self._say(
                 f"{checkpoint.name} was written without an SFT dataset; this one's floor is the initial model's."
@@ -655,7 +661,11 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
                             reference = inputs["ref_chosen_logps"]
                         else:
                             known = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-                            window.references[position], reference = known, known[0]
+                            reference = known[0]
+                            if self.args.sft_coef > 0:
+                                # A reference that draws random numbers has to draw them where the parent lets it,
+                                # wherever the run shall be the parent's.
+                                window.references[position] = known
                     sums["chosen"] += self._sums(log_probs, tokens, reference)
                 if "sft" in sums:
                     indices = self._sft_indices(position, training=True)
