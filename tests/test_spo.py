@@ -154,12 +154,12 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 )
 
 
-def leave_the_reference(model: torch.nn.Module) -> None:
+def leave_the_reference(model: torch.nn.Module, size: float = 0.5) -> None:
     """Somewhere below both floors."""
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.5 * torch.randn_like(parameter) * parameter.abs().mean())
+            parameter.add_(size * torch.randn_like(parameter) * parameter.abs().mean())
 
 
 class Case:

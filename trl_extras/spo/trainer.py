@@ -118,11 +118,13 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
     _tag_names = ["trl", "dpo", "stable-preference-optimization"]  # noqa: RUF012
     _name = "SPO"
     _paper = {  # noqa: RUF012
-        "title": "Stable Preference Optimization",
+        "title": "Stable Preference Optimization: A Bilevel Approach to Catastrophic Preference Shift",
         "id": "2507.07723",
         "citation": textwrap.dedent("""\
-            @misc{spo2025,
-                title  = {{Stable Preference Optimization}},
+            @article{jian2025stable,
+                title  = {{Stable Preference Optimization: A Bilevel Approach to Catastrophic Preference Shift}},
+                author = {Chengtao Jian and Kai Yang and Tianhao Gao and Wuguang Ni and Keying Yang and Bowen Xiao and
+                          Jiajun Liu and Ye Ouyang},
                 year   = 2025,
                 eprint = {arXiv:2507.07723},
             }"""),
