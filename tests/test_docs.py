@@ -14,14 +14,17 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
+import yaml
 from trl import DPOConfig
 
 import trl_extras
 from tests import tiny
 from trl_extras import cli
 from trl_extras.apo import APOConfig
+from trl_extras.apo_spo import APOSPOConfig
 from trl_extras.run import Ledger, option_actions
-from trl_extras.scripts import apo, extrapolate
+from trl_extras.scripts import apo, apo_spo, extrapolate, spo
+from trl_extras.spo import SPOConfig
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,10 +110,12 @@ def commands() -> Iterator[Any]:
             yield pytest.param(shlex.split(command), id=f"{recipe.relative_to(ROOT).as_posix()}: {command[:60]}")
 
 
+SCRIPTS: dict[str, Any] = {"apo": apo, "spo": spo, "apo_spo": apo_spo}
+
+
 @cache
 def flags_of(name: str) -> dict[str, Any]:
-    parser = {"apo": apo.make_parser, "extrapolate": extrapolate.build_parser}[name]()
-    return option_actions(parser)
+    return option_actions(SCRIPTS[name].make_parser())
 
 
 def assert_flags(words: list[str], known: dict[str, Any]) -> None:
@@ -118,10 +123,23 @@ def assert_flags(words: list[str], known: dict[str, Any]) -> None:
     assert not unknown
 
 
-def assert_parses(words: list[str]) -> None:
-    """The script's own flags of a complete command, with their values, on a machine of any kind."""
+def assert_parses(name: str, words: list[str]) -> None:
+    """A script's own flags of a complete command, with their values, on a machine of any kind."""
     if "--dataset_name" in words and "--model_name_or_path" in words:
-        apo.parse_arguments([*words, "--use_cpu", "true", "--bf16", "false"])
+        SCRIPTS[name].parse_arguments([*words, "--use_cpu", "true", "--bf16", "false"])
+
+
+def test_every_method_with_a_command_is_looked_at() -> None:
+    assert set(SCRIPTS) == set(cli.methods())
+
+
+@pytest.mark.parametrize("name", ["apo", "spo"])
+def test_recipes_on_a_methods_page_have_keys_that_exist(name: str) -> None:
+    known = {flag.lstrip("-") for flag in flags_of(name)}
+    blocks = fences(ROOT / f"docs/{name}.md", "yaml")
+    assert blocks
+    for block in blocks:
+        assert yaml.safe_load(block).keys() <= known
 
 
 @pytest.mark.parametrize("words", commands())
@@ -133,15 +151,15 @@ def test_commands_have_flags_that_exist(words: list[str]) -> None:
         assert words[at - 1] == "-m"
         assert_flags(words[1 : at - 1], launcher)
         assert words[at + 1] == "--trainer"
-        if words[at + 2] == "apo":
+        if (name := words[at + 2]) in SCRIPTS:
             # The script comes next; the rest of the line is its arguments.
-            assert_flags(words[at + 4 :], flags_of("apo"))
-            assert_parses(words[at + 4 :])
+            assert_flags(words[at + 4 :], {**flags_of(name), "--config": None})
+            assert_parses(name, words[at + 4 :])
     elif words[:2] == ["trl-extras", "extrapolate"]:
         if len(words) > 2:
             extrapolate.build_parser().parse_args(words[2:])
-    elif words[:2] == ["trl-extras", "apo"]:
-        assert_flags(words[2:], {**flags_of("apo"), **launcher, "--config": None})
+    elif words[0] == "trl-extras" and words[1] in SCRIPTS:
+        assert_flags(words[2:], {**flags_of(words[1]), **launcher, "--config": None})
         if "--config" in words and (recipe := words[words.index("--config") + 1]).startswith("recipes/"):
             assert (ROOT / recipe).is_file()
     elif words[0] == "trl-extras":
@@ -192,14 +210,21 @@ def read(text: str) -> Any:
         return text
 
 
-def test_configuration_table_has_our_fields_and_their_defaults() -> None:
-    rows = [
-        row
-        for page, title in (("docs/apo.md", "Configuration"), ("docs/rollouts.md", "Sampling"))
-        for row in table(section(ROOT / page, title), "field", "default")
-    ]
+ROUNDS_TABLES = (("docs/apo.md", "Configuration"), ("docs/rollouts.md", "Sampling"))
+FLOOR_TABLE = (("docs/spo.md", "Configuration"),)
+
+
+@pytest.mark.parametrize(
+    ("config", "tables"),
+    [(APOConfig, ROUNDS_TABLES), (SPOConfig, FLOOR_TABLE), (APOSPOConfig, ROUNDS_TABLES + FLOOR_TABLE)],
+    ids=["apo", "spo", "apo_spo"],
+)
+def test_configuration_table_has_our_fields_and_their_defaults(
+    config: type[Any], tables: tuple[tuple[str, str], ...]
+) -> None:
+    rows = [row for page, title in tables for row in table(section(ROOT / page, title), "field", "default")]
     documented = {row[0].strip("`"): read(row[1].strip("`\"'")) for row in rows}
-    ours, stock = defaults(APOConfig), defaults(DPOConfig)
+    ours, stock = defaults(config), defaults(DPOConfig)
     assert documented == {name: value for name, value in ours.items() if name not in stock or stock[name] != value}
 
 
@@ -212,7 +237,7 @@ def test_defaults_in_the_readme() -> None:
 
 
 def test_docstrings_say_the_defaults() -> None:
-    for config in (APOConfig, *(cls for cls in APOConfig.__mro__ if cls.__name__ == "RoundsConfig")):
+    for config in (APOConfig, SPOConfig, *(cls for cls in APOConfig.__mro__ if cls.__name__ == "RoundsConfig")):
         found = re.findall(r"^\s+(\w+) \(`.*`, \*optional\*, defaults to `(.*)`\):$", config.__doc__, re.MULTILINE)
         assert len(found) >= 3
         assert {name: read(value) for name, value in found}.items() <= defaults(config).items()
@@ -265,3 +290,46 @@ def test_keys_of_an_on_policy_run_are_those_that_are_documented(make_apo: Any, t
     columns = " ".join(row[0] for row in table(section(page, "On disk"), "column"))
     documented = set(re.findall(r"`(\w+)`", columns)) - {"reward_NAME", "extra_NAME"}
     assert found == documented | ({"reward_reward", "extra_words"} if judged == "reward" else set())
+
+
+@pytest.mark.parametrize("lower_level", ["chosen", "sft_dataset", "both"])
+@pytest.mark.parametrize("setting", [{}, {"sft_coef": 0.0}, {"bilevel_solver": "unrolled"}], ids=str)
+def test_metrics_of_an_spo_run_are_those_that_are_documented(
+    make_spo: Any, lower_level: str, setting: dict[str, Any]
+) -> None:
+    trainer = make_spo(
+        lower_level=lower_level, sft_dataset=None if lower_level == "chosen" else tiny.make_sft_rows(),
+        eval_dataset=tiny.make_pairs(4, seed=3), eval_strategy="epoch", **setting,
+    )  # fmt: skip
+    trainer.train()
+    documented = {row[0].strip("`") for row in table(section(ROOT / "docs/spo.md", "What is logged"), "metric")}
+    missing = {"chosen": {"spo/gap_sft"}, "sft_dataset": {"spo/gap_chosen"}, "both": set()}[lower_level]
+    for prefix, loss in (("", "loss"), ("eval_", "eval_loss")):
+        entries = [entry for entry in trainer.state.log_history if loss in entry]
+        assert entries
+        for entry in entries:
+            assert {key for key in entry if "spo/" in key} == {f"{prefix}{name}" for name in documented - missing}
+
+
+def test_formulas_of_an_spo_run_are_those_that_are_documented(make_spo: Any) -> None:
+    """With one micro-batch a log, what one metric says of the others holds to a rounding."""
+    coefficient, beta = 0.7, 0.3
+    trainer = make_spo(
+        sft_dataset=tiny.make_sft_rows(), sft_coef=coefficient, beta=beta, learning_rate=5e-2,
+        eval_dataset=tiny.make_pairs(2, seed=3), eval_strategy="epoch",
+    )  # fmt: skip
+    trainer.train()
+    seen = 0.0
+    for entry in trainer.state.log_history:
+        for prefix, loss in (("", "loss"), ("eval_", "eval_loss")):
+            if loss not in entry:
+                continue
+            found = {key.removeprefix(f"{prefix}spo/"): value for key, value in entry.items() if "spo/" in key}
+            assert found["penalty"] == pytest.approx(coefficient * (found["gap_chosen"] + found["gap_sft"]), abs=1e-6)
+            assert found["penalty_share"] == pytest.approx(found["penalty"] / entry[loss], abs=2e-4)
+            assert found["preference_loss"] + found["penalty"] == pytest.approx(entry[loss], abs=2e-4)
+            for which in ("chosen", "rejected"):
+                reward = entry[f"{prefix}rewards/{which}"]
+                assert beta * found[f"{which}_change"] == pytest.approx(reward, abs=1e-4)
+            seen += found["penalty"]
+    assert seen > 0

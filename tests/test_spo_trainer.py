@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tests import tiny
 from tests.reference import spo_objective as slow
@@ -155,8 +155,7 @@ def test_metrics_are_what_the_pairs_say(make_spo: Any) -> None:
     assert metrics["spo/displaced"] == sum(change < 0 for change in changes["chosen"]) / 2
     assert metrics["spo/gap_chosen"] == pytest.approx(gap, rel=1e-4)
     assert metrics["spo/penalty"] == pytest.approx(0.5 * gap, rel=1e-4)
-    preference = loss - 0.5 * gap
-    assert metrics["spo/penalty_share"] == pytest.approx(0.5 * gap / (preference + 0.5 * gap), rel=1e-4)
+    assert metrics["spo/preference_loss"] == pytest.approx(loss - 0.5 * gap, rel=1e-4)
 
 
 @pytest.mark.parametrize(("coefficient", "warned"), [(0.0, 1), (0.5, 0)])
@@ -198,6 +197,35 @@ def test_an_error_inside_a_window_brings_the_weights_back(
     with pytest.raises(error, match="in the middle"):
         trainer.training_step(trainer.model, batches[1])
     assert torch.equal(weights_of(trainer), before)
+
+
+def test_an_error_between_two_micro_batches_brings_the_weights_back(make_spo: Any) -> None:
+    class Fails(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise RuntimeError("between")
+
+    trainer = make_spo(
+        bilevel_solver="unrolled", inner_learning_rate=0.1, gradient_accumulation_steps=2, callbacks=[Fails()]
+    )  # fmt: skip
+    before = weights_of(trainer)
+    with pytest.raises(RuntimeError, match="between"):
+        trainer.train()
+    assert torch.equal(weights_of(trainer), before)
+
+
+def test_the_share_is_that_of_the_windows_means(make_spo: Any) -> None:
+    """The parts of one hinge over several micro-batches may be negative; their mean is not."""
+    trainer = make_spo(
+        hinge="batch", gradient_accumulation_steps=3, sft_dataset=tiny.make_sft_rows(), learning_rate=3e-2
+    )  # fmt: skip
+    leave_the_reference(trainer.model)
+    trainer.train()
+    rows = [entry for entry in trainer.state.log_history if "spo/penalty" in entry]
+    assert any(row["spo/penalty"] > 0 for row in rows)
+    for row in rows:
+        whole = abs(row["spo/preference_loss"]) + row["spo/penalty"]
+        assert row["spo/penalty_share"] == pytest.approx(row["spo/penalty"] / whole)
+        assert row["loss"] == pytest.approx(row["spo/preference_loss"] + row["spo/penalty"], rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(make_spo: Any) -> None:

@@ -37,6 +37,7 @@ from trl_extras.rounds import config as rounds_config
 from trl_extras.rounds.saving import WholeCheckpoints
 from trl_extras.rounds.state import ROUNDS_DIR, FullWeights
 from trl_extras.rounds.trainer import _FREE_FIELDS
+from trl_extras.spo import SPOTrainer
 
 
 PACKAGE = Path(trl_extras.__file__).parent
@@ -82,11 +83,14 @@ FOREIGN_ATTRIBUTES = {
     "_finish_current_push": "test_a_push_can_be_waited_for",
     "_get_output_dir": "test_a_checkpoint_goes_where_get_output_dir_says",
     "_last_lr": "test_schedules_are_functions_of_the_step",
+    "_metrics": "test_metrics_are_lists_that_log_averages",
     "_name": "test_card_attributes",
+    "_name_or_path": "test_a_model_knows_where_it_came_from",
     "_paper": "test_card_attributes",
     "_precompute_model_hash": "test_the_model_hash_keys_the_cache_of_reference_log_probs",
     "_precompute_ref_logps": "test_reference_log_probs_are_computed_in_the_constructor",
     "_prepare_dataset": "test_signatures",
+    "_prepare_inputs": "test_signatures",
     "_push_from_checkpoint": "test_uploads_leave_out_what_begins_with_an_underscore",
     "_save_checkpoint": "test_a_checkpoint_goes_where_get_output_dir_says",
     "_tag_names": "test_card_attributes",
@@ -134,12 +138,17 @@ def test_our_names_hide_nothing_of_upstreams_by_accident() -> None:
         RoundsTrainer: {"create_optimizer", "create_scheduler", "set_initial_training_values", "train"},
         RolloutsTrainer: {*_compat.OVERRIDDEN_DATA_METHODS, "evaluate"},
         APOTrainer: {*_compat.OVERRIDDEN_DPO_METHODS, "_name", "_paper", "_tag_names"},
+        SPOTrainer: {
+            "compute_loss", "evaluation_loop", "get_batch_samples", "log", "prediction_step", "train", "training_step",
+            "_name", "_paper", "_tag_names",
+        },
     }  # fmt: skip
     set_on_purpose = {
         WholeCheckpoints: {"is_in_train"},
         RoundsTrainer: {"args", "train_dataset", "lr_scheduler"},
         RolloutsTrainer: set(),
         APOTrainer: {*_compat.DPO_ATTRIBUTES, "eval_dataset"} - {"precompute_ref_logps"},
+        SPOTrainer: {*_compat.SPO_ATTRIBUTES} - {"_metrics"},
     }
     for ours, wanted in overridden.items():
         for stock in STOCK if ours in (WholeCheckpoints, RoundsTrainer) else (DPOTrainer,):
@@ -155,7 +164,8 @@ def test_compat_names_are_there() -> None:
     assert all(hasattr(_compat, name) for name in _compat.__all__)
     assert all(callable(getattr(Trainer, name)) for name in _compat.OVERRIDDEN_TRAINER_METHODS)
     assert all(callable(getattr(DPOTrainer, name)) for name in _compat.OVERRIDDEN_DPO_METHODS)
-    assert set(_compat.DPO_ATTRIBUTES) <= set_on_self(DPOTrainer)
+    assert {*_compat.DPO_ATTRIBUTES, *_compat.SPO_ATTRIBUTES} <= set_on_self(DPOTrainer)
+    assert all(callable(getattr(Trainer, name)) for name in _compat.CALLED_BY_SPO)
     assert transformers.trainer.TRAINER_STATE_NAME == _compat.TRAINER_STATE_NAME
 
 
@@ -174,6 +184,12 @@ def test_compat_names_are_there() -> None:
         (Trainer, "save_model", "output_dir _internal_call"),
         (Trainer, "train", "resume_from_checkpoint trial ignore_keys_for_eval"),
         (Trainer, "training_step", "model inputs num_items_in_batch"),
+        (Trainer, "get_batch_samples", "epoch_iterator num_batches device"),
+        (Trainer, "_prepare_inputs", "inputs"),
+        (DPOTrainer, "compute_loss", "model inputs return_outputs num_items_in_batch"),
+        (DPOTrainer, "compute_ref_log_probs", "model inputs"),
+        (DPOTrainer, "prediction_step", "model inputs prediction_loss_only ignore_keys"),
+        (DPOTrainer, "log", "logs start_time"),
         (DPOTrainer, "_precompute_ref_logps", "dataset name batch_size"),
         (DPOTrainer, "_prepare_dataset", "dataset processing_class args dataset_name"),
         (SFTTrainer, "_prepare_dataset", "dataset processing_class args packing formatting_func dataset_name"),
@@ -491,6 +507,90 @@ def test_beta_and_the_reference_are_read_at_every_step(make_dpo: Any) -> None:
     second = loss()
     trainer.ref_model.get_output_embeddings().weight.data.mul_(2)
     assert len({first, second, loss()}) == 3
+
+
+# ---- What SPO stands on ----
+
+
+def test_the_model_is_called_first_for_the_policy_and_then_the_reference_is_read(make_dpo: Any) -> None:
+    """Else: SPOTrainer's stand-in for the model keeps something else than the policy's log-probabilities."""
+    trainer = make_dpo()
+    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+    calls = []
+
+    def model(**kwargs: Any) -> Any:
+        calls.append((sorted(kwargs), trainer.model(**kwargs)))
+        # From here on the parent looks into the batch, not at a reference model.
+        inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = (
+            torch.tensor([-1.0, -2.0]),
+            torch.tensor([-3.0, -4.0]),
+        )
+        return calls[-1][1]
+
+    trainer.ref_model = None
+    trainer.precompute_ref_logps = True
+    loss = trainer.compute_loss(model, inputs)
+    ((names, outputs),) = calls
+    assert {"labels", "fused_lm_head", "input_ids", "attention_mask"} <= set(names)
+    mask = inputs["completion_mask"][:, 1:]
+    assert outputs.log_probs.shape == mask.shape
+    assert not outputs.log_probs[mask == 0].any(), "zero outside of the responses"
+    chosen, rejected = outputs.log_probs.sum(dim=1).chunk(2)
+    margin = (chosen + torch.tensor([1.0, 2.0])) - (rejected + torch.tensor([3.0, 4.0]))
+    assert torch.allclose(loss, -torch.nn.functional.logsigmoid(trainer.beta * margin).mean())
+
+
+def test_an_empty_list_of_losses_is_a_loss_of_zero(make_dpo: Any) -> None:
+    """Else: SimPO or DPOP alone cannot be added to nothing."""
+    trainer = make_dpo()
+    trainer.loss_types, trainer.loss_weights = [], []
+    assert trainer.compute_loss(trainer.model, trainer.data_collator([trainer.train_dataset[0]])) == 0.0
+
+
+def test_metrics_are_lists_that_log_averages(make_dpo: Any) -> None:
+    """Else: SPO's metrics are not logged, or not averaged over the logging window."""
+    trainer = make_dpo(logging_steps=3)
+    step = trainer.training_step
+
+    def training_step(*args: Any) -> Any:
+        trainer._metrics["train"]["ours"].append(float(trainer.state.global_step))
+        return step(*args)
+
+    trainer.training_step = training_step
+    trainer.train()
+    assert [entry["ours"] for entry in trainer.state.log_history if "ours" in entry] == [1.0, 4.0]
+
+
+def test_a_window_is_what_get_batch_samples_returns(make_dpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else: inner steps do not know their window: its micro-batches, in order, the very objects."""
+    trainer = make_dpo(gradient_accumulation_steps=2, num_train_epochs=1)
+    windows, seen = [], []
+    get, step = trainer.get_batch_samples, trainer.training_step
+    monkeypatch.setattr(trainer, "get_batch_samples", lambda *args: windows.append(get(*args)) or windows[-1])
+    monkeypatch.setattr(
+        trainer,
+        "training_step",
+        lambda *args: seen.append((args[1], trainer.current_gradient_accumulation_steps)) or step(*args),
+    )
+    trainer.train()
+    assert [len(samples) for samples, _ in windows] == [2, 1]
+    batches = [batch for samples, _ in windows for batch in samples]
+    assert all(given is batch for (given, _), batch in zip(seen, batches, strict=True))
+    assert [count for _, count in seen] == [2, 2, 1], "what the loss is divided by"
+
+
+def test_a_model_knows_where_it_came_from(base: Path) -> None:
+    """Else: the tokenizer of a model that was passed as an object is not found."""
+    assert transformers.AutoModelForCausalLM.from_pretrained(base).config._name_or_path == str(base)
+
+
+def test_the_help_of_loss_type_names_the_losses() -> None:
+    """Else: a slip in `loss_type` is found out after the weights have loaded."""
+    known = set(re.findall(r"`'(\w+)'`", DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]))
+    assert {"sigmoid", "hinge", "ipo", "sft", "robust", "sigmoid_norm"} <= known
+    source = inspect.getsource(DPOTrainer)
+    assert all(f'"{name}"' in source for name in known)
+    assert not known & {"simpo", "dpop"}, "TRL has one of our losses now: leave it to TRL"
 
 
 def test_card_attributes() -> None:

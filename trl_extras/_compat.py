@@ -18,19 +18,25 @@ TRAINER_STATE_NAME = "trainer_state.json"
 OVERRIDDEN_TRAINER_METHODS = ("_get_output_dir", "_save_checkpoint", "_push_from_checkpoint")
 # Called on a transformers.Trainer.
 CALLED_TRAINER_METHODS = ("_finish_current_push",)
+# Called by SPOTrainer on a transformers.Trainer.
+CALLED_BY_SPO = ("_prepare_inputs",)
 OVERRIDDEN_DPO_METHODS = ("_precompute_ref_logps",)
 # Overridden by the rollouts mixin, on any TRL trainer.
 OVERRIDDEN_DATA_METHODS = ("_prepare_dataset",)
 # Read or set on a DPOTrainer.
 DPO_ATTRIBUTES = ("beta", "ref_model", "precompute_ref_logps")
+# Read and set by SPOTrainer.
+SPO_ATTRIBUTES = ("loss_types", "loss_weights", "precompute_ref_logps", "_metrics")
 
 __all__ = [
+    "CALLED_BY_SPO",
     "CALLED_TRAINER_METHODS",
     "DPO_ATTRIBUTES",
     "OVERRIDDEN_DATA_METHODS",
     "OVERRIDDEN_DPO_METHODS",
     "OVERRIDDEN_TRAINER_METHODS",
     "PREFIX_CHECKPOINT_DIR",
+    "SPO_ATTRIBUTES",
     "TRAINER_STATE_NAME",
     "_BaseConfig",
     "_BaseTrainer",

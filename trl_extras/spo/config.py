@@ -219,6 +219,11 @@ class SPOConfig(DPOConfig):
                 f"(`bilevel_solver={self.bilevel_solver!r}`) still have to be taken back: use another one, or "
                 "'penalty'."
             )
+        if self.bilevel_solver == "alternating" and getattr(self, "enable_jit_checkpoint", False):
+            raise ConfigurationError(
+                "`enable_jit_checkpoint=True` may save between an inner step that is kept and the step that belongs "
+                "to it: leave it out, or use 'unrolled' or 'penalty'."
+            )
         if self.gradient_checkpointing and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ConfigurationError(
                 "`gradient_checkpointing_kwargs={'use_reentrant': True}` does not let gradients be taken for inner "

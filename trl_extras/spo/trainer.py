@@ -479,12 +479,18 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
         metrics["spo/displaced"].append(displaced)
         for source, value in zip(gaps, gap_values, strict=True):
             metrics[f"spo/gap_{source}"].append(value)
-        penalty = self.args.sft_coef * sum(gap_values)
-        metrics["spo/penalty"].append(penalty)
-        metrics["spo/penalty_share"].append(objective.penalty_share(preference, penalty))
+        metrics["spo/penalty"].append(self.args.sft_coef * sum(gap_values))
+        metrics["spo/preference_loss"].append(preference)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """The parent's `log`; says once if pairs are displaced and nothing holds them."""
+        """The parent's `log`, with the penalty's share; says once if pairs are displaced and nothing holds them."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if metrics.get("spo/penalty"):
+            # Of the window's means: a hinge over several micro-batches has parts, which may be negative.
+            preference, penalty = (
+                sum(metrics[f"spo/{name}"]) / len(metrics[f"spo/{name}"]) for name in ("preference_loss", "penalty")
+            )
+            metrics["spo/penalty_share"] = [objective.penalty_share(preference, penalty)]
         displaced = self._metrics["train"].get("spo/displaced") if self.model.training else None
         if displaced and self.args.sft_coef == 0 and not self._spo_warned:
             share = sum(displaced) / len(displaced)
@@ -534,12 +540,22 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
             if window.position == len(window.batches):
                 self._end_window(model, window)
         except BaseException:
-            # Whoever catches this finds the weights, not what inner steps have made of them.
-            if window.saved is not None:
-                inner.restore_(self._inner_weights(), window.saved)
-            self._spo_window = None
+            self._leave_window()
             raise
         return loss
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's `train`; where it fails between two micro-batches, the weights are back as well."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._leave_window()
+
+    def _leave_window(self) -> None:
+        """Whoever catches an error finds the weights, not what inner steps have made of them."""
+        window, self._spo_window = self._spo_window, None
+        if window is not None and window.saved is not None:
+            inner.restore_(self._inner_weights(), window.saved)
 
     def _inner_weights(self) -> list[Tensor]:
         return [weight for weight in self.model.parameters() if weight.requires_grad]
@@ -576,12 +592,15 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
             weights,
             vector,
             lambda: self._lower_gradient(model, window, weights),
-            inner.difference_radius(weights, vector),
+            inner.difference_radius(weights, vector, torch.bfloat16 if self.args.bf16 else None),
         )
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        for weight, product in zip(weights, products, strict=True):
+            if weight.grad is None and product is not None:
+                weight.grad = torch.zeros_like(weight)
+        moved = [(weight.grad, product) for weight, product in zip(weights, products, strict=True)]
         inner.step_(
-            gradients,
-            [product for weight, product in zip(weights, products, strict=True) if weight.grad is not None],
+            [gradient for gradient, _ in moved if gradient is not None],
+            [product for gradient, product in moved if gradient is not None],
             self.args.inner_rate,
         )
 
