@@ -1,10 +1,12 @@
 """
-Kill small APO runs with SIGKILL at random instants of their training, resume them, and compare with runs left alone.
+Kill small runs with SIGKILL at random instants of their training, resume them, and compare with runs left alone.
 
 ```bash
 python tests/kill_campaign.py 60 --seed 0
 python tests/kill_campaign.py 8 --processes 2
 python tests/kill_campaign.py 40 --on-policy
+python tests/kill_campaign.py 30 --method spo
+python tests/kill_campaign.py 20 --method apo_spo
 ```
 
 Each case is a tiny model and a configuration drawn at random. One run is left alone; a second one is killed, up to
@@ -19,7 +21,9 @@ all weights on disk are those of the run left alone, to the bit, and the same fi
 leftovers.
 
 With `--on-policy` the runs sample their own rows (`kill_campaign_rollouts.py`): then the rollouts are the same too, to
-the byte, no finished phase is repeated, and the table has kills by phase.
+the byte, no finished phase is repeated, and the table has kills by phase. With `--method` the runs are another
+method's (`kill_campaign_spo.py`): then the floor and the SFT rows of every step are the same too, and some lives get
+another model in memory.
 
 A process that has imported everything forks one child a life, because most of a small run is imports. The children
 wait at random at durable operations, upstream's `TrainerState.save_to_json` included, and wherever a file is made,
@@ -69,14 +73,18 @@ import datasets
 import torch
 from pyarrow import parquet
 from transformers import PreTrainedModel, TrainerState
+from transformers.trainer_callback import CallbackHandler
+from trl import DPOTrainer
 
 from tests import kill_campaign_rollouts as on_policy
+from tests import kill_campaign_spo as spo
 from tests import tiny
-from trl_extras import APOConfig, APOTrainer
+from trl_extras import APOTrainer
 from trl_extras.rollouts.sampling import TransformersSampler
 from trl_extras.rollouts.store import RolloutStore
 from trl_extras.rollouts.trainer import RolloutsTrainer
 from trl_extras.rounds import checkpoints, durable
+from trl_extras.rounds.saving import WholeCheckpoints
 from trl_extras.rounds.state import FullWeights
 from trl_extras.rounds.trainer import RoundsTrainer
 
@@ -88,14 +96,15 @@ SPELLINGS = ("True", "True", "true", "last", True)
 # What is watched: what the trainer is doing, and the operation inside it.
 LEVELS: tuple[tuple[tuple[Any, str, str], ...], ...] = (
     (
-        (RoundsTrainer, "_tidy", "tidying up"),
+        (WholeCheckpoints, "_tidy", "tidying up"),
         (RoundsTrainer, "_start_run", "start of a run"),
         (RoundsTrainer, "_restore_folder", "round restored from a checkpoint"),
         (RoundsTrainer, "_reenter_round", "resumed inside a round"),
         (RoundsTrainer, "_enter_round", "boundary"),
-        (RoundsTrainer, "_save_checkpoint", "checkpoint"),
+        (WholeCheckpoints, "_save_checkpoint", "checkpoint"),
         (RoundsTrainer, "_on_train_end", "end of the run"),
-        (RoundsTrainer, "training_step", "training step"),
+        (WholeCheckpoints, "training_step", "training step"),
+        *spo.DOING,
     ),
     (
         (durable, "write_manifest", "manifest"),
@@ -119,8 +128,10 @@ LEVELS: tuple[tuple[tuple[Any, str, str], ...], ...] = (
         (RolloutStore, "open", "a set is opened"),
         (parquet, "write_table", "a table is written"),
         (datasets.Dataset, "to_parquet", "rows are written"),
+        *spo.OPERATIONS,
     ),
 )
+FLOOR = 1 + [name for _, _, name in LEVELS[0]].index(spo.FLOOR)
 # Whatever changes the file system inside these waits as well, so that there is time between any two such calls.
 FILE_EVENTS = {"open", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate"}
 # The longest waits, in seconds: at an operation, at a file, and before upstream's last file, which makes its
@@ -163,7 +174,7 @@ class Status:
 
     def where(self) -> str:
         """What a dead child was doing."""
-        if not self.training:
+        if not self.training and not self.level0:
             return "before the training"
         levels = zip((self.level0, self.level1), LEVELS, strict=True)
         return ": ".join(operations[at - 1][2] for at, operations in levels if at) or "between steps"
@@ -172,7 +183,7 @@ class Status:
 # ---- In a child ----
 
 
-def watch(status: Status, seed: int) -> None:
+def watch(status: Status, seed: int, method: str | None = None) -> None:
     """Patch this process's operations so that they say where the run is and wait at random before and after."""
     # Not the global generator: the training's random numbers are its own.
     draw = random.Random(seed)
@@ -211,55 +222,64 @@ def watch(status: Status, seed: int) -> None:
     sys.addaudithook(audit)
     for level, operations in enumerate(LEVELS):
         for index, (owner, name, _) in enumerate(operations):
-            patch(level, index, owner, name)
+            # Rounds do upstream's work at their boundaries, under a name of their own.
+            if owner is not DPOTrainer or method == "spo":
+                patch(level, index, owner, name)
 
-    train, began, stepped = RoundsTrainer.train, RoundsTrainer._on_train_begin, RoundsTrainer._on_step_end
+    train, began, stepped = WholeCheckpoints.train, CallbackHandler.on_train_begin, CallbackHandler.on_step_end
 
     def training(self: Any, *args: Any, **kwargs: Any) -> Any:
         status.training = 1
         return train(self, *args, **kwargs)
 
-    def beginning(self: Any) -> None:
-        status.resumed_at = self.state.global_step
-        began(self)
+    def beginning(self: Any, args: Any, state: Any, control: Any) -> Any:
+        status.resumed_at = state.global_step
+        return began(self, args, state, control)
 
-    def step_done(self: Any, control: Any) -> Any:
-        status.step = self.state.global_step
-        return stepped(self, control)
+    def step_done(self: Any, args: Any, state: Any, control: Any) -> Any:
+        status.step = state.global_step
+        return stepped(self, args, state, control)
 
-    RoundsTrainer.train, RoundsTrainer._on_train_begin = training, beginning  # type: ignore[method-assign]
-    RoundsTrainer._on_step_end = step_done  # type: ignore[method-assign]
+    WholeCheckpoints.train = training  # type: ignore[method-assign]
+    CallbackHandler.on_train_begin, CallbackHandler.on_step_end = beginning, step_done  # type: ignore[method-assign]
 
 
-def make_trainer(case: Case, folder: Path) -> APOTrainer:
-    settings = dict(case.settings)
-    rows, has_reference = settings.pop("rows"), settings.pop("ref_model")
-    data = tiny.make_pairs(rows)
+def make_trainer(case: Case, folder: Path, other: str | None) -> Any:
+    cls: Any = APOTrainer
+    base, settings, given = case.base, dict(case.settings), {}
+    if case.method is not None:
+        cls = spo.METHODS[case.method]
+        base, settings, given = spo.arguments(case, other)
+    elif settings.pop("ref_model", False):
+        given["ref_model"] = tiny.make_model(seed=9)
+    if case.on_policy:
+        return on_policy.make_trainer(base, folder, settings, cls, **given)
+    data = tiny.make_pairs(settings.pop("rows"))
     if case.processes > 1:
-        # Of rows in memory every process has its own cache file, and upstream's reference log-probabilities are lost.
-        data = datasets.load_from_disk(str(case.folder / "data"))
-    return APOTrainer(
-        model=str(case.base),
-        ref_model=tiny.make_model(seed=9) if has_reference else None,
-        args=APOConfig(**tiny.arguments(folder, **settings)),
+        data = datasets.load_from_disk(str(case.data / "train"))
+        if "eval_dataset" in given:
+            given["eval_dataset"] = datasets.load_from_disk(str(case.data / "eval"))
+    return cls(
+        args=cls.config_class(**tiny.arguments(folder, **settings)),
         train_dataset=data,
         processing_class=tiny.make_tokenizer(),
+        **{"model": str(base), **given},
     )
 
 
-def live(case: Case, folder: Path, resume: Any) -> dict[str, Any]:
+def live(case: Case, folder: Path, resume: Any, other: str | None) -> dict[str, Any]:
     """One life of a run, to its end; what it ended with."""
-    trainer = (
-        on_policy.make_trainer(case.base, folder, case.settings) if case.on_policy else make_trainer(case, folder)
-    )
+    trainer = make_trainer(case, folder, other)
     trainer.train(resume_from_checkpoint=resume)
     weights = hashlib.sha256()
     for name, parameter in trainer.model.named_parameters():
         weights.update(name.encode() + parameter.detach().contiguous().numpy().tobytes())
     keys = ("step", "loss", "learning_rate", "grad_norm")
-    lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+    summaries = folder / "rounds.jsonl"
+    lines = summaries.read_text(encoding="utf-8").splitlines() if summaries.is_file() else []
     return {
         "weights": weights.hexdigest(),
+        "steps": trainer.state.global_step,
         "logs": [[entry.get(key) for key in keys] for entry in trainer.state.log_history if "loss" in entry],
         "rounds": [comparable(json.loads(line)) for line in lines],
         # All that loggers get in a run, but for upstream's last line, which is about this life alone.
@@ -272,7 +292,7 @@ def comparable(content: dict[str, Any]) -> dict[str, Any]:
     return {
         key: comparable(value) if isinstance(value, dict) else value
         for key, value in content.items()
-        if not re.search(r"(^|/|_)(seconds|tokens_per_second|num_tokens)$", key)
+        if not re.search(r"(^|/|_)(seconds|(tokens|samples|steps)_per_second|runtime|num_tokens)$", key)
     }
 
 
@@ -289,6 +309,8 @@ class Case:
     settings: dict[str, Any]
     processes: int
     on_policy: bool = False
+    # Of `spo.METHODS`, or None for APO.
+    method: str | None = None
     expected: dict[str, Any] = field(default_factory=dict)
     duration: float = 0.0
     operations: int = 0
@@ -297,6 +319,10 @@ class Case:
     hits: collections.Counter[str] = field(default_factory=collections.Counter)
     kills: list[tuple[str, list[str]]] = field(default_factory=list)
     lives: int = 0
+    # Of the life that begins, where processes share it.
+    data: Path = Path()
+    # Lives that had another model in memory than the first one.
+    others: int = 0
 
 
 def draw_settings(draw: random.Random, processes: int) -> dict[str, Any]:
@@ -323,15 +349,31 @@ def draw_settings(draw: random.Random, processes: int) -> dict[str, Any]:
     }
 
 
+def draw_case(draw: random.Random, options: Any) -> dict[str, Any]:
+    if options.method == "spo":
+        return spo.draw_settings(draw, options.processes)
+    settings = (on_policy.draw_settings if options.on_policy else draw_settings)(draw, options.processes)
+    return settings if options.method is None else {**settings, **spo.draw_objective(draw, options.processes)}
+
+
 class Life:
     """A forked run, of one process or of several that train together."""
 
-    def __init__(self, case: Case, folder: Path, resume: Any, seed: int):
+    def __init__(self, case: Case, folder: Path, resume: Any, seed: int, other: str | None = None):
         case.lives += 1
+        case.others += other is not None
+        if case.processes > 1 and not case.on_policy:
+            # Of rows in memory every process has its own cache file, and upstream's reference log-probabilities are
+            # lost. Of a folder that an earlier life had they would be taken from its cache: upstream then draws fewer
+            # random numbers before the training, and dropout is another one.
+            case.data = case.folder / f"data-{case.lives}"
+            tiny.make_pairs(case.settings["rows"]).save_to_disk(case.data / "train")
+            spo.make_eval_rows().save_to_disk(case.data / "eval")
         self.folder = folder
         self.log = case.folder / f"life-{case.lives}.log"
         self.result = case.folder / f"life-{case.lives}.json"
         self.done = case.folder / f"done-{folder.name}.jsonl"
+        self.rows = case.folder / f"rows-{folder.name}.jsonl"
         self.on_policy = case.on_policy
         self.statuses = [Status() for _ in range(case.processes)]
         with socket.socket() as found:
@@ -343,11 +385,11 @@ class Life:
             sys.stderr.flush()
             pid = os.fork()
             if pid == 0:
-                self._child(case, resume, seed, rank, port)
+                self._child(case, resume, seed, rank, port, other)
             self.running[pid] = rank
         self.failed = False
 
-    def _child(self, case: Case, resume: Any, seed: int, rank: int, port: int) -> None:
+    def _child(self, case: Case, resume: Any, seed: int, rank: int, port: int, other: str | None) -> None:
         code = 1
         try:
             # No child outlives its parent, however that ends.
@@ -360,10 +402,12 @@ class Life:
                     RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.processes),
                     LOCAL_WORLD_SIZE=str(case.processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
                 )  # fmt: skip
-            watch(self.statuses[rank], seed + rank)
+            watch(self.statuses[rank], seed + rank, case.method)
             if case.on_policy:
                 on_policy.watch(self.statuses[rank], self.done)
-            found = live(case, self.folder, resume)
+            if case.method is not None:
+                spo.write_down_rows(self.rows, rank)
+            found = live(case, self.folder, resume, other)
             if rank == 0:
                 self.result.write_text(json.dumps(found), encoding="utf-8")
             self.statuses[rank].finished = 1
@@ -456,10 +500,46 @@ def problems_at_the_end(case: Case, folder: Path, found: dict[str, Any]) -> list
     return problems
 
 
+def wait_for_an_instant(life: Life, case: Case, draw: random.Random, share: float, fresh: bool) -> None:
+    """
+    Let a life go on until it is to be killed.
+
+    Args:
+        share: what is left of the training.
+        fresh: whether its floor is not on disk.
+    """
+    if case.method is not None and fresh and draw.random() < 0.3:
+        # The floor comes before the training.
+        life.wait(lambda: bool(life.status.training) or life.status.level0 == FLOOR, LIFE_SECONDS)
+        life.wait(lambda: False, draw.uniform(0, 0.08))
+        return
+    life.wait_for_training()
+    # And the start of a resumed run, which can be killed as well.
+    left = case.duration * max(share, 0.15)
+    if (not case.on_policy and case.method is None) or draw.random() < 0.4:
+        life.wait(lambda: False, draw.uniform(0, 0.85 * left))
+    if case.on_policy and draw.random() < 0.7:
+        on_policy.wait_for_phase(life, case.phases, case.hits, draw, left * draw.uniform(0.4, 1))
+    elif draw.random() < (0.6 if case.method is None else 0.8):
+        # Training takes most of the time, and of the operations some are rare: most kills wait for one that was drawn
+        # among all that this configuration has.
+        targets = [at + 1 for at in range(len(LEVELS[1])) if case.operations >> at & 1]
+        if case.method is None:
+            target = draw.choice(targets)
+        else:
+            # Rather one that few kills have hit; what comes before the training is over.
+            targets = [at for at in targets if LEVELS[1][at - 1][1] != "_write_optimum"]
+            names = [LEVELS[1][at - 1][2] for at in targets]
+            hit = [sum(number for where, number in case.hits.items() if where.endswith(name)) for name in names]
+            target = draw.choices(targets, [1 / (1 + number) ** 2 for number in hit])[0]
+        life.wait(functools.partial(life.is_at, target), left)
+        life.wait(lambda: False, draw.uniform(0, WAIT))
+
+
 def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
     """Run a configuration alone, then with kills; the kills and what was wrong after each are in `case.kills`."""
-    if case.processes > 1 and not case.on_policy:
-        tiny.make_pairs(case.settings["rows"]).save_to_disk(case.folder / "data")
+    if case.processes > 1:
+        spo.save_sft(case)
     alone = case.folder / "alone"
     life = Life(case, alone, None, draw.randrange(2**31))
     life.wait_for_training()
@@ -469,27 +549,15 @@ def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
     case.duration = time.monotonic() - begun
     case.expected["on_disk"], case.operations = on_disk(alone), life.status.seen
     case.phases = life.status.phases_seen
-    total = case.expected["rounds"][-1]["last_step"]
+    total, rows_alone = case.expected["steps"], life.rows
 
     folder = case.folder / "out"
     ledger = on_policy.Ledger(folder, life.done.with_name("done-out.jsonl"), on_policy.tables(alone))
-    wanted, resume, announced = 0, None, 0
+    wanted, resume, announced, other = 0, None, 0, None
     for kills in range(most_kills + 1):
-        life = Life(case, folder, resume, draw.randrange(2**31))
+        life = Life(case, folder, resume, draw.randrange(2**31), other)
         if kills < most_kills:
-            life.wait_for_training()
-            # What is left of the training, and the start of a resumed run, which can be killed as well.
-            left = case.duration * max(1 - wanted / total, 0.15)
-            if not case.on_policy or draw.random() < 0.4:
-                life.wait(lambda: False, draw.uniform(0, 0.85 * left))
-            if case.on_policy and draw.random() < 0.7:
-                on_policy.wait_for_phase(life, case.phases, case.hits, draw, left * draw.uniform(0.4, 1))
-            elif draw.random() < 0.6:
-                # Training takes most of the time, and of the operations some are rare: most kills wait for one that
-                # was drawn among all that this configuration has.
-                target = draw.choice([at + 1 for at in range(len(LEVELS[1])) if case.operations >> at & 1])
-                life.wait(functools.partial(life.is_at, target), left)
-                life.wait(lambda: False, draw.uniform(0, WAIT))
+            wait_for_an_instant(life, case, draw, 1 - wanted / total, fresh=not kills or other is not None)
         killed = bool(life.running) and kills < most_kills and not life.status.finished
         problems: list[str] = []
         if killed:
@@ -513,6 +581,8 @@ def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
                 problems.append(f"{checkpoint.name} is not complete: {error}")
         if case.on_policy:
             problems += ledger.problems(anew=not wanted)
+        if case.method is not None:
+            problems += spo.problems(folder, alone, (life.rows, rows_alone), other is None, not killed)
         wanted = newest_checkpoint(folder)
         if wanted < announced:
             problems.append(f"checkpoint-{announced} was complete, but the newest is {wanted}")
@@ -524,8 +594,9 @@ def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
                 raise RuntimeError("; ".join(problems))
             return
         resume = draw.choice(SPELLINGS)
+        other = spo.draw_other(case, folder, draw) if case.method is not None else None
         older = checkpoints.list_checkpoints(folder)[:-1]
-        if case.on_policy and older and draw.random() < 0.3:
+        if (case.on_policy or case.method is not None) and older and draw.random() < 0.3:
             # By name: what later rounds have sampled is of the same weights all the same. The newer ones may go.
             wanted, path = draw.choice(older)
             resume, announced = str(path), wanted
@@ -549,18 +620,24 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="draws configurations and instants (default: 0)")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="processes of a run (default: 1)")
     parser.add_argument("--on-policy", action="store_true", help="runs that sample their own rows")
+    parser.add_argument("--method", choices=list(spo.METHODS), help="another method than APO")
     options = parser.parse_args()
+    if options.on_policy and options.method == "spo":
+        parser.error("SPO has no rounds to sample rows in: use --method apo_spo.")
     draw = random.Random(options.seed)
     hit: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     hits: collections.Counter[str] = collections.Counter()
-    begun, done, failed, number = time.monotonic(), 0, 0, 0
+    begun, done, failed, number, others = time.monotonic(), 0, 0, 0, 0
     with workspace() as work:
         tiny.save_model(work / "base")
+        spo.save_models(work / "base")
         while done < options.kills:
             number += 1
-            settings = (on_policy.draw_settings if options.on_policy else draw_settings)(draw, options.processes)
-            folder = work / f"case-{number}"
-            case = Case(number, work / "base", folder, settings, options.processes, options.on_policy, hits=hits)
+            settings = draw_case(draw, options)
+            folder, base = work / f"case-{number}", work / "base"
+            case = Case(
+                number, base, folder, settings, options.processes, options.on_policy, options.method, hits=hits
+            )
             case.folder.mkdir()
             try:
                 run_case(case, draw, min(draw.randint(1 + options.on_policy, MOST_KILLS), options.kills - done))
@@ -568,7 +645,7 @@ def main() -> int:
                 if not case.kills:
                     case.kills.append(("(a run that nobody killed)", []))
                 case.kills[-1][1].append(f"a run {error}")
-            done += len(case.kills)
+            done, others = done + len(case.kills), others + case.others
             wrong = sorted({problem for _, problems in case.kills for problem in problems})
             for where, problems in case.kills:
                 hit[where]["failed" if problems else "passed"] += 1
@@ -592,6 +669,8 @@ def main() -> int:
     for where, outcomes in sorted(hit.items(), key=lambda item: on_policy.in_order_of_a_run(item[0])):
         print(f"| {where:{width}} | {outcomes.total():5} | {outcomes['passed']:6} | {outcomes['failed']:6} |")
     print(f"\n{done - failed} passed, {failed} failed")
+    if others:
+        print(f"{others} lives that went on had another model in memory")
     return 1 if failed else 0
 
 

@@ -31,11 +31,12 @@ from typing import Any
 import datasets
 
 from tests import tiny
-from trl_extras import APOConfig, APOTrainer
+from trl_extras import APOTrainer, SPOTrainer
 from trl_extras.rollouts.sampling import TransformersSampler
 from trl_extras.rollouts.store import TABLE, RolloutStore
 from trl_extras.rollouts.trainer import RolloutsTrainer
 from trl_extras.rounds import durable
+from trl_extras.rounds.saving import WholeCheckpoints
 from trl_extras.rounds.state import ROUNDS_DIR, FullWeights, RoundFolder
 from trl_extras.rounds.trainer import RoundsTrainer
 
@@ -55,9 +56,11 @@ PHASES = (
     "end of a round: norms and summary",
     "between two rounds, otherwise",
     "end of the run",
+    "a window's begin: inner steps",
+    "a window's end",
 )
 _METHODS: tuple[tuple[type, str, str], ...] = (
-    (RoundsTrainer, "_tidy", "start of a run"),
+    (WholeCheckpoints, "_tidy", "start of a run"),
     (RolloutsTrainer, "_start_run", "start of a run"),
     (RoundsTrainer, "_restore_folder", "start of a run"),
     (RolloutsTrainer, "_collect", "opening the set"),
@@ -66,12 +69,14 @@ _METHODS: tuple[tuple[type, str, str], ...] = (
     (RolloutStore, "finish", "finishing the table"),
     (RoundsTrainer, "_built_rows", "writing rows"),
     (APOTrainer, "_with_reference_logps", "reference log-probabilities"),
-    (RoundsTrainer, "_save_checkpoint", "saving a checkpoint"),
+    (WholeCheckpoints, "_save_checkpoint", "saving a checkpoint"),
     (RoundsTrainer, "_finish_round", "end of a round: norms and summary"),
     (RoundsTrainer, "_write_weights", "extrapolating and writing weights"),
     (RoundsTrainer, "_enter_round", "between two rounds, otherwise"),
     (RoundsTrainer, "_reenter_round", "between two rounds, otherwise"),
     (RoundsTrainer, "_on_train_end", "end of the run"),
+    (SPOTrainer, "_begin_window", "a window's begin: inner steps"),
+    (SPOTrainer, "_end_window", "a window's end"),
 )
 _MEASURED = {"start": 1, "iterate": 2, "extrapolated": 3}
 
@@ -212,7 +217,9 @@ def draw_settings(draw: random.Random, processes: int) -> dict[str, Any]:
     }
 
 
-def make_trainer(base: Path, folder: Path, settings: dict[str, Any]) -> APOTrainer:
+def make_trainer(
+    base: Path, folder: Path, settings: dict[str, Any], cls: type[Any] = APOTrainer, **given: Any
+) -> APOTrainer:
     settings = dict(settings)
     rows, heldout, equal = settings.pop("rows"), settings.pop("heldout"), settings.pop("equal_prompts")
     judge, conversational = dict(JUDGES[settings.pop("judge")]), settings.pop("conversational")
@@ -223,14 +230,14 @@ def make_trainer(base: Path, folder: Path, settings: dict[str, Any]) -> APOTrain
     evaluation = [None, heldout_sets["eval"], heldout_sets][heldout]
     if "reward_weights" in judge:
         settings["reward_weights"] = judge.pop("reward_weights")
-    return APOTrainer(
-        model=str(base),
-        args=APOConfig(**tiny.arguments(folder, **settings)),
+    trainer: APOTrainer = cls(
+        args=cls.config_class(**tiny.arguments(folder, **settings)),
         train_dataset=make_prompts(rows, 0, conversational, equal),
         eval_dataset=evaluation,
         processing_class=tiny.make_tokenizer(),
-        **judge,
+        **{"model": str(base), **judge, **given},
     )
+    return trainer
 
 
 def watch(status: Any, log: Path) -> None:

@@ -24,7 +24,7 @@ from trl_extras.rollouts.judges import RewardError
 from trl_extras.rollouts.labels import WaitingForLabels
 from trl_extras.rollouts.sampling import TransformersSampler
 from trl_extras.rollouts.store import RolloutStore
-from trl_extras.rounds import RoundDataBuilder, durable
+from trl_extras.rounds import RoundDataBuilder, RoundsTrainer, durable
 
 
 def make_prompts(rows: int = 24, seed: int = 0, **columns: list[Any]) -> datasets.Dataset:
@@ -715,6 +715,36 @@ def test_another_judge_of_the_same_name_is_refused(source: Any, make: Any, tmp_p
     with pytest.raises(ConfigurationError, match="The run that is resumed was judged by"):
         make(**named("4"), save_strategy="epoch", num_rounds=2).train(resume_from_checkpoint="last")
     make(**named("3"), save_strategy="epoch").train()
+
+
+def test_a_kill_between_rows_and_their_manifest_entry_loses_nothing(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in a folder is listed by whatever writes its manifest next: that is not the rows' own entry."""
+
+    class Killed(BaseException):
+        pass
+
+    settings = {"num_rounds": 2, "eval_dataset": make_prompts(4, seed=5), "save_strategy": "steps", "save_steps": 2}
+    whole = make("whole", **settings)
+    whole.train()
+    original = RoundsTrainer._add_to_manifest
+
+    def killed(self: Any, folder: Any, changed: Any = (), **content: Any) -> None:
+        if "data.parquet" in changed and folder.round_index == 1:
+            raise Killed
+        original(self, folder, changed, **content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RoundsTrainer, "_add_to_manifest", killed)
+        with pytest.raises(Killed):
+            make("killed", **settings).train()
+    again = make("killed", **settings)
+    again.train(resume_from_checkpoint="last")
+    assert tiny.same_weights(again.model, whole.model)
+    names = ("pairs", "ties", "samples", "reward_mean", "reward_best", "share_cut")
+    wanted = [{name: row[name] for name in names} for row in whole.round_summaries]
+    assert [{name: row.get(name) for name in names} for row in again.round_summaries] == wanted
 
 
 def test_a_resumed_run_keeps_its_rewards(make: Any) -> None:

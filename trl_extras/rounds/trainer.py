@@ -745,6 +745,7 @@ class RoundsTrainer(WholeCheckpoints):
                     if found["run_id"] != self._run_id:
                         # Another run's builder may have made other rows of the same policy.
                         files = {name: entry for name, entry in files.items() if name != _ROWS_FILE}
+                        found.pop("num_rows", None)
                     news = {"files": files, "run_id": self._run_id, "summaries": self.round_summaries}
                     durable.write_json(folder.path / durable.MANIFEST, {**found, **news})
                     self._link_iterate(folder)
@@ -888,8 +889,10 @@ class RoundsTrainer(WholeCheckpoints):
     ) -> Any:
         assert self._rows is not None
         path = folder.path / _ROWS_FILE
-        # Rows that this run built before are kept: the policy that made them may be gone by now.
-        if self._resumed_from is None or _ROWS_FILE not in folder.whole_manifest()["files"]:
+        # Rows that this run built before are kept: the policy that made them may be gone by now. A manifest lists what
+        # lies in its folder, but their number, and what is noted beside it, comes with them alone.
+        manifest = folder.whole_manifest()
+        if self._resumed_from is None or _ROWS_FILE not in manifest["files"] or "num_rows" not in manifest:
             rows, noted = build(folder)
             with self._state_errors(round_index):
                 if self.args.should_save:

@@ -60,6 +60,12 @@ def load_rows(sft_dataset: Any, config: Any) -> Any:
             f"{where} has the column `{sorted(columns & {'image', 'images', 'tools'})[0]}`, but images and tool calls "
             "cannot be kept so far: use text."
         )
+    turns = next(iter(sft_dataset))["conversations"] if columns & {"conversations"} and "text" not in columns else None
+    if turns and "from" not in turns[0]:
+        raise ConfigurationError(
+            f"{where} has `conversations` with the keys {sorted(turns[0])}, but SFTTrainer takes `from` and `value` "
+            "there: rename the column to `messages` if these are `role` and `content`."
+        )
     if not columns & {"text", "messages", "conversations", "input_ids"} and not {"prompt", "completion"} <= columns:
         hint = ""
         if "chosen" in columns:

@@ -138,6 +138,8 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
         self._spo_warned = False
         self._spo_rows: SFTRows | None = None
         self._spo_optimum: Tensor | None = None
+        # None where the rows are no named dataset's.
+        self.sft_dataset_name: str | None = config.sft_dataset_name if sft_dataset is None else None
         rows = load_rows(sft_dataset, config)
         self._spo_sources = self._check_sources(config, rows is not None)
         self._check_settings(given, config)
