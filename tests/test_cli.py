@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,11 @@ import yaml
 import trl_extras
 from trl_extras import cli
 
-from .test_run import environment, run_tiny  # noqa: F401 (a fixture)
+from .test_run import environment, run_tiny, write_sft  # noqa: F401 (a fixture)
 
 
-SCRIPT = str(Path(cli.__file__).parent / "scripts" / "apo.py")
+SCRIPTS = Path(cli.__file__).parent / "scripts"
+METHODS = ["apo", "apo_spo", "spo"]
 GIVEN = ["--model_name_or_path", "m", "--dataset_name", "d", "--use_cpu", "--bf16", "False", "--output_dir", "o"]
 
 
@@ -20,7 +22,12 @@ def test_help_is_light():
     code = "import sys; from trl_extras.cli import main; main(['--help']); print({'torch', 'trl'} & {*sys.modules})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "set()"
-    for words in ("apo --config recipe.yaml", "extrapolate NEW OLD", "trainers for `run --trainer`: apo, "):
+    for words in (
+        "METHOD --config recipe.yaml", "extrapolate NEW OLD", "trainers for `run --trainer`: apo, apo_spo, spo, ",
+        "    apo           Accelerated Preference Optimization (APO, ",
+        "    spo           Stable Preference Optimization (SPO, ",
+        "    apo_spo       Accelerated Preference Optimization over Stable Preference Optimization",
+    ):  # fmt: skip
         assert words in result.stdout
 
 
@@ -35,8 +42,9 @@ def test_version(capsys):
 
 
 def test_subcommands_are_the_methods_with_a_script():
-    folder = Path(cli.__file__).parent / "scripts"
-    assert cli.methods() == [name for name in ("apo",) if (folder / f"{name}.py").is_file()]
+    """What the scripts share is none of them."""
+    assert (SCRIPTS / "_preferences.py").is_file()
+    assert cli.methods() == METHODS
 
 
 def test_registered_trainers_are_listed(tmp_path, monkeypatch, capsys):
@@ -46,7 +54,7 @@ def test_registered_trainers_are_listed(tmp_path, monkeypatch, capsys):
     (info / "entry_points.txt").write_text("[trl_extras.trainers]\nloud = loud.trainers:LoudTrainer\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     cli.main(["--help"])
-    assert "apo, loud (loud.trainers:LoudTrainer), or package.module:Class" in capsys.readouterr().out
+    assert "apo, apo_spo, spo, loud (loud.trainers:LoudTrainer), or package.module:Class" in capsys.readouterr().out
 
 
 def test_dispatches_run(capsys):
@@ -95,7 +103,7 @@ def test_parts_flags(launched):
     ]
     assert cli.main(["apo", *words]) == 0
     ((arguments, _, _),) = launched
-    assert arguments.training_script == SCRIPT
+    assert arguments.training_script == str(SCRIPTS / "apo.py")
     expected = [*GIVEN, "--num_rounds", "2", "--extrapolation_alpha", "0.3", "0.4", "--max_grad_norm", "-1"]
     assert arguments.training_script_args == expected
     assert (arguments.num_processes, arguments.num_machines, arguments.multi_gpu) == (2, 1, True)
@@ -157,8 +165,10 @@ def test_temporary_file_goes_when_launching_fails(launched, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["spoo"], "unknown command 'spoo': known are apo, run, extrapolate"),
+        (["dpo"], "unknown command 'dpo': known are apo, apo_spo, spo, run, extrapolate"),
         (["apoo"], "did you mean apo?"),
+        (["apo-spo"], "did you mean apo_spo?"),
+        (["_preferences"], "unknown command '_preferences'"),
         (
             ["--vers"],
             "unknown flag '--vers': known are --help, --version (flags cannot be shortened); did you mean --version?",
@@ -208,6 +218,39 @@ def test_refuses_before_launching(launched, tmp_path, capsys, words, yaml_text, 
     assert says in lines[0]
 
 
+@pytest.mark.parametrize(
+    ("method", "words", "says"),
+    [
+        ("spo", ["--sft_coeff", "1"], "does not know --sft_coeff; did you mean --sft-coef?"),
+        ("spo", ["--bilevel", "penalty"], "--bilevel (flags cannot be shortened); did you mean --bilevel-solver?"),
+        ("spo", ["--num_rounds", "2"], "does not know --num_rounds"),
+        ("spo", ["--extrapolation_alpha", "0.3"], "does not know --extrapolation_alpha"),
+        ("spo", ["--hinge", "token"], "argument --hinge: invalid choice: 'token'"),
+        ("spo", ["--sft_coef", "-1"], "`sft_coef` is -1.0, but wants a finite number of at least 0"),
+        ("spo", ["--inner_steps", "2"], "`bilevel_solver='penalty'` takes no inner steps"),
+        ("spo", ["--sft_dataset_split", "train"], "there is no `sft_dataset_name` for it"),
+        ("apo", ["--sft_coef", "1"], "does not know --sft_coef"),
+        ("apo_spo", ["--sft_tolerence", "1"], "did you mean --sft-tolerance?"),
+        ("apo_spo", ["--extrapolation_alfa", "1"], "did you mean --extrapolation-alpha?"),
+        ("apo_spo", ["--num_rounds", "0"], "num_rounds"),
+    ],
+)
+def test_each_method_has_its_own_flags(launched, capsys, method, words, says):
+    assert cli.main([method, *GIVEN, *words]) == 2
+    assert not launched
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-extras")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"trl-extras {method}: error: ")
+    assert says.replace("-", "_") in lines[0].replace("-", "_")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_launches_the_methods_own_script(launched, method):
+    assert cli.main([method, *GIVEN]) == 0
+    ((arguments, _, _),) = launched
+    assert (arguments.training_script, arguments.training_script_args) == (str(SCRIPTS / f"{method}.py"), GIVEN)
+
+
 @pytest.mark.parametrize(("missing", "says"), [("--dataset_name", "no dataset"), ("--model_name_or_path", "no model")])
 def test_refuses_what_is_missing(launched, capsys, missing, says):
     at = GIVEN.index(missing)
@@ -216,29 +259,74 @@ def test_refuses_what_is_missing(launched, capsys, missing, says):
     assert says in capsys.readouterr().err
 
 
-def test_help_of_a_method(capsys):
-    assert cli.main(["apo", "--help"]) == 0
+OWN = {
+    "apo": ["APOConfig", "SamplingConfig", "RoundsConfig"],
+    "apo_spo": ["APOConfig", "SamplingConfig", "RoundsConfig", "SPOConfig"],
+    "spo": ["SPOConfig"],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_shows_the_methods_own_flags_first(capsys, method):
+    assert cli.main([method, "--help"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("usage: trl-extras apo")
-    assert "--extrapolation_alpha" in out
+    assert out.startswith(f"usage: trl-extras {method} [--config recipe.yaml] [flags]\n\n")
+    headings = re.findall(r"^fields of (\w+):$", out, re.MULTILINE)
+    theirs = ["ScriptArguments", "ModelConfig", "DatasetMixtureConfig", "DPOConfig", "TrainingArguments"]
+    assert headings == [*OWN[method], *theirs]
+    sections = dict(zip(headings, re.split(r"^fields of \w+:$", out, flags=re.MULTILINE)[1:], strict=True))
+    flags = {name: set(re.findall(r"^  --(\w+)", text, re.MULTILINE)) for name, text in sections.items()}
+    assert "model_name_or_path" in flags["ModelConfig"]
+    assert "beta" in flags["DPOConfig"]
+    assert "output_dir" in flags["TrainingArguments"]
+    if method != "spo":
+        assert "extrapolation_alpha" in flags["APOConfig"]
+        # Where a class changes a default, the flag is that class's.
+        assert {"num_rounds", "num_train_epochs"} <= flags["RoundsConfig"]
+    if method != "apo":
+        assert {"sft_coef", "bilevel_solver", "sft_dataset_name"} <= flags["SPOConfig"]
+    # Nothing is lost.
+    from trl_extras.run import option_actions
+    from trl_extras.scripts import apo, apo_spo, spo
+
+    parser = {"apo": apo, "apo_spo": apo_spo, "spo": spo}[method].make_parser()
+    known = {flag.removeprefix("--") for flag in option_actions(parser) if flag.startswith("--") and flag != "--help"}
+    shown = set(re.findall(r"--([\w-]+)", out))
+    assert known <= shown
 
 
-def test_end_to_end(run_tiny, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("method", METHODS)
+def test_end_to_end(run_tiny, tmp_path, monkeypatch, method):  # noqa: F811
     """Both kinds of keys in one file; the launched script saves a model."""
     import tempfile
 
     model, data = run_tiny
+    keys = {
+        "num_processes": 1,
+        "model_name_or_path": str(model),
+        "dataset_name": str(data),
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_train_batch_size": 4,
+        "report_to": "none",
+        "save_strategy": "no",
+    }
+    if method != "spo":
+        keys["num_rounds"] = 2
+    if method != "apo":
+        keys |= {"sft_dataset_name": str(write_sft(tmp_path)), "sft_coef": 0.5, "sft_optimum": 1}
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"num_processes: 1\nmodel_name_or_path: {model}\ndataset_name: {data}\nuse_cpu: true\nbf16: false\n"
-        "num_rounds: 2\nper_device_train_batch_size: 4\nreport_to: none\nsave_strategy: 'no'\n"
-    )
+    recipe.write_text(yaml.safe_dump(keys))
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     for name, value in environment(tmp_path).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    words = ["apo", "--config", str(recipe), "--output_dir", str(tmp_path / "out"), "--max_length", "16"]
+    words = [method, "--config", str(recipe), "--output_dir", str(tmp_path / "out"), "--max_length", "16"]
     assert cli.main(words) == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("rounds of" in card) == (method != "spo")
+    assert ("Stable Preference Optimization" in card) == (method != "apo")
+    assert str(tmp_path) not in card
     assert not list(temporary.glob("trl-extras-*"))

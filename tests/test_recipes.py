@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
+import json
+import random
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,9 +18,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from trl_extras import cli
-from trl_extras.apo import APOConfig
+from trl_extras.registry import BUILT_IN
 from trl_extras.run import Ledger, UserError, option_actions
-from trl_extras.scripts import apo
 
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -26,14 +29,24 @@ FILES = sorted(path for path in RECIPES.rglob("*.yaml") if ACCELERATE not in pat
 ANY_MACHINE = ("--use_cpu", "true", "--bf16", "false", "--fp16", "false")
 
 
-def read(recipe: Path, *flags: str) -> tuple[tuple[Any, ...], argparse.Namespace]:
-    """What the script gets and what `accelerate launch` gets of `trl-extras apo --config RECIPE FLAGS`."""
-    error = Ledger("trl-extras apo", "trl-extras apo")
-    script = option_actions(apo.make_parser())
+def method_of(recipe: Path) -> str:
+    """The method of the command in the comment that a recipe begins with, which names the recipe itself."""
+    name = recipe.relative_to(RECIPES.parent).as_posix()
+    text = recipe.read_text(encoding="utf-8")
+    (method,) = re.findall(rf"^#   trl-extras (\w+) --config {re.escape(name)}\b", text, re.MULTILINE)
+    return str(method)
+
+
+def read(recipe: Path, *flags: str, method: str | None = None) -> tuple[tuple[Any, ...], argparse.Namespace]:
+    """What the script gets and what `accelerate launch` gets of `trl-extras METHOD --config RECIPE FLAGS`."""
+    method = method or method_of(recipe)
+    error = Ledger(f"trl-extras {method}", f"trl-extras {method}")
+    module = importlib.import_module(f"trl_extras.scripts.{method}")
+    script = option_actions(module.make_parser())
     launcher_parser, launcher = cli._launcher_options(error)
     ours, theirs = cli._split_words(["--config", str(recipe), *flags, *ANY_MACHINE], script, launcher, error)
     with cli._without_launcher_keys(ours, theirs, script, launcher, error) as ours:
-        arguments = apo.parse_arguments(ours)
+        arguments = module.parse_arguments(ours)
     words = [word for group in theirs.values() for word in group]
     return arguments, launcher_parser.parse_args([*words, "script.py"])
 
@@ -41,7 +54,11 @@ def read(recipe: Path, *flags: str) -> tuple[tuple[Any, ...], argparse.Namespace
 @pytest.mark.parametrize("recipe", FILES, ids=lambda path: path.relative_to(RECIPES).as_posix())
 def test_recipe(recipe: Path, tmp_path: Path) -> None:
     arguments, _ = read(recipe)
-    assert [type(part) for part in arguments] == [ScriptArguments, APOConfig, ModelConfig, DatasetMixtureConfig]
+    method = method_of(recipe)
+    folder = recipe.parent.name
+    assert folder not in BUILT_IN or folder == method
+    config = BUILT_IN[method].load().config
+    assert [type(part) for part in arguments] == [ScriptArguments, config, ModelConfig, DatasetMixtureConfig]
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     # Every key arrives, in one of the four or at the launcher.
     script_keys = {key: value for key, value in content.items() if any(hasattr(part, key) for part in arguments)}
@@ -55,7 +72,7 @@ def test_recipe(recipe: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(yaml.safe_dump({**content, f"{key}s": content[key]}), encoding="utf-8")
     with pytest.raises(UserError, match=f"{key}s"):
-        read(wrong)
+        read(wrong, method=method)
 
 
 def test_the_published_run() -> None:
@@ -94,6 +111,64 @@ def test_the_quickstart_as_a_recipe() -> None:
     assert f"def {function}(" in (RECIPES.parent / file).read_text(encoding="utf-8")
 
 
+SPO_RECIPES = ("spo/smollm2-cpu.yaml", "spo/qwen2.5-0.5b-ultrafeedback.yaml", "film_lines/spo.yaml")
+
+
+@pytest.mark.parametrize("name", SPO_RECIPES)
+def test_spo_recipes_keep_chosen_and_other_text(name: str) -> None:
+    """What docs/spo.md advises: both sources, a floor an example, the penalty solver, weight 1."""
+    (_, config, _, _), _ = read(RECIPES / name)
+    assert (config.lower_level, config.hinge, config.bilevel_solver) == ("both", "example", "penalty")
+    assert (config.sft_coef, config.sft_optimum) == (1.0, "reference")
+    assert config.sft_dataset_name
+
+
+def test_the_floor_of_sampled_rounds_is_under_other_text() -> None:
+    (_, config, _, _), _ = read(RECIPES / "apo_spo/smollm2-ultrafeedback.yaml")
+    assert (config.lower_level, config.extrapolation_alpha, config.num_rounds) == ("sft_dataset", [0.6], 3)
+    assert config.reward_funcs
+    assert config.gradient_checkpointing
+
+
+def test_the_text_that_film_lines_keeps_is_in_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in a pair nor measured on; and the recipe's datasets are the files that its `make_data.py` writes."""
+    monkeypatch.syspath_prepend(str(RECIPES / "quickstart"))
+    film_lines, parts = importlib.import_module("film_lines"), importlib.import_module("parts")
+    spec = importlib.util.spec_from_file_location("film_lines_make_data", RECIPES / "film_lines/make_data.py")
+    assert spec is not None
+    assert spec.loader is not None
+    make_data = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_data)
+    draw = random.Random(0)
+    snippets = [
+        film_lines.Snippet(draw.choice(list(film_lines.FILES)), draw.uniform(-4, 4), " ".join(words))
+        for words in ([f"w{draw.randrange(10**6)}" for _ in range(draw.randint(5, 16))] for _ in range(9000))
+    ]
+    monkeypatch.setattr(parts, "ratings", lambda cache, say: tmp_path)
+    monkeypatch.setattr(film_lines, "read_sdist", lambda path: [*snippets, *snippets[:50]])
+    monkeypatch.chdir(tmp_path)
+    (script, config, _, _), _ = read(RECIPES / "film_lines/spo.yaml")
+    monkeypatch.setattr(sys, "argv", ["make_data.py", "--out", script.dataset_name])
+    assert make_data.main() == 0
+
+    def rows(path: Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    kept = [row["text"] for row in rows(Path(config.sft_dataset_name) / "train.jsonl")]
+    assert len(set(kept)) == len(kept) == 96
+    others = {row["text"] for row in rows(Path("data/film-lines-unseen.jsonl"))}
+    for name in ("train.jsonl", "test.jsonl"):
+        pairs = rows(Path(script.dataset_name) / name)
+        others |= {row[side][0]["content"] for row in pairs for side in ("chosen", "rejected")}
+    assert len(others) == 120 + 2 * (144 + 200)
+    assert not set(kept) & others
+    by_text = {snippet.text: snippet for snippet in snippets}
+    assert {by_text[text].source for text in kept} == {"film", "product", "editorial"}
+    assert all(abs(by_text[text].rating) < 1 for text in kept if by_text[text].source == "film")
+    monkeypatch.setattr(sys, "argv", ["make_data.py", "--out", "data/other", "--kept", "100000"])
+    assert make_data.main() == 2
+
+
 def test_accelerate_configs() -> None:
     for path in sorted(ACCELERATE.glob("*.yaml")):
         assert load_config_from_file(str(path)).distributed_type, path.name
@@ -102,4 +177,5 @@ def test_accelerate_configs() -> None:
 def test_there_are_recipes() -> None:
     assert {path.relative_to(RECIPES).as_posix() for path in FILES} >= {
         "apo/mistral-7b-ultrafeedback.yaml", "quickstart/apo.yaml", "film_lines/apo.yaml",
+        "apo_spo/smollm2-ultrafeedback.yaml", *SPO_RECIPES,
     }  # fmt: skip

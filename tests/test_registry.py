@@ -81,17 +81,28 @@ def test_importing_is_light():
     assert result.stdout.strip() == "set()"
 
 
-def test_built_in():
+@pytest.mark.parametrize(
+    ("name", "trainer", "config"),
+    [
+        ("apo", "APOTrainer", "APOConfig"),
+        ("apo_spo", "APOSPOTrainer", "APOSPOConfig"),
+        ("spo", "SPOTrainer", "SPOConfig"),
+    ],
+)
+def test_built_in(name, trainer, config):
     import trl
 
-    from trl_extras.apo import APOConfig, APOTrainer
+    import trl_extras
 
-    swap = resolve("apo").load()
-    assert (swap.trainer, swap.config) == (APOTrainer, APOConfig)
+    swap = resolve(name).load()
+    assert (swap.trainer, swap.config) == (getattr(trl_extras, trainer), getattr(trl_extras, config))
     assert (swap.stock_trainer, swap.stock_config) == (trl.DPOTrainer, trl.DPOConfig)
     # What is written down is what would be inferred.
-    assert issubclass(APOTrainer, trl.DPOTrainer)
-    assert issubclass(APOConfig, trl.DPOConfig)
+    assert swap == registry.Method(f"trl_extras.{name}:{trainer}").load()
+
+
+def test_every_built_in_method_is_tested():
+    assert list(registry.BUILT_IN) == ["apo", "apo_spo", "spo"]
 
 
 def test_module_and_class(plugin):
@@ -131,13 +142,13 @@ def test_says_which_part_failed(plugin, path, message):
 
 def test_unknown_name_lists_the_known(plugin, tmp_path):
     make_distribution(tmp_path, "loud = registry_plugin:LoudTrainer")
-    with pytest.raises(MethodError, match=r"'lout': known are apo, loud, .*did you mean loud\?"):
+    with pytest.raises(MethodError, match=r"'lout': known are apo, apo_spo, spo, loud, .*did you mean loud\?"):
         resolve("lout")
 
 
 def test_entry_point(plugin, tmp_path):
     make_distribution(tmp_path, "loud = registry_plugin:LoudTrainer\napo = registry_plugin:LoudTrainer")
-    assert registry.known_names() == ["apo", "loud"]
+    assert registry.known_names() == ["apo", "apo_spo", "spo", "loud"]
     assert plugin not in sys.modules  # listing imports nobody's code
     assert resolve("loud").load().trainer.__name__ == "LoudTrainer"
     # A built-in name wins.

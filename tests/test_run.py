@@ -602,11 +602,11 @@ def test_helper_libraries_may_start_theirs(launch, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--trainer", "apoo", "SCRIPT"], "unknown trainer 'apoo': known are apo"),
+        (["--trainer", "apoo", "SCRIPT"], "unknown trainer 'apoo': known are apo, apo_spo, spo, "),
         (["--trainer=no_such_module:Trainer", "SCRIPT"], "there is no module 'no_such_module'"),
         (["--trainer", "apo", "nowhere.py"], "there is no script 'nowhere.py'"),
         (["--trainer", "apo"], "the script is missing"),
-        (["SCRIPT"], "--trainer NAME is missing before the script; known are apo"),
+        (["SCRIPT"], "--trainer NAME is missing before the script; known are apo, apo_spo, spo"),
         (["SCRIPT", "--trainer", "apo"], "--trainer NAME is missing before the script"),
         (["--trainer"], "--trainer wants a name"),
         (["--train", "apo", "SCRIPT"], "unknown flag --train before the script (flags cannot be shortened)"),
@@ -625,7 +625,7 @@ def test_command_line(tmp_path, capsys, arguments, says):
 
 def test_help(capsys):
     assert run.main(["--help"]) == 0
-    assert "apo, or package.module:Class" in capsys.readouterr().out
+    assert "apo, apo_spo, spo, or package.module:Class" in capsys.readouterr().out
 
 
 def test_entry_point_by_name(launch):
@@ -673,28 +673,97 @@ def environment(folder):
     return {**os.environ, **TESTS_ENV, "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
 
 
-def test_unmodified_stock_script_end_to_end(run_tiny, stock_dpo, tmp_path):
-    """TRL's own dpo.py, two rounds of APO, settings from both a file and the command line."""
+def write_sft(folder):
+    """A dataset of text to keep, in a folder."""
+    path = folder / "kept"
+    path.mkdir()
+    rows = [{"text": f"w{i} w{i + 1} w{i + 2}"} for i in range(6)]
+    (path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return path
+
+
+@pytest.fixture
+def run_stock(run_tiny, stock_dpo, tmp_path):
+    """TRL's own dpo.py in another process: `run_stock("spo", "--sft_coef", "1", ...)`, with what every run takes."""
+    model, data = run_tiny
+    recipe = tmp_path / "recipe.yaml"
+    keys = f"model_name_or_path: {model}\ndataset_name: {data}\nuse_cpu: true\nbf16: false\nlearning_rate: 1.0e-2\n"
+    recipe.write_text(f"{keys}per_device_train_batch_size: 4\nreport_to: none\nsave_strategy: 'no'\n")
+
+    def run_stock(trainer, *words, yaml=""):
+        if yaml:
+            recipe.write_text(recipe.read_text() + yaml)
+        command = [sys.executable, "-m", "trl_extras.run", f"--trainer={trainer}", stock_dpo, "--config", str(recipe)]
+        command += ["--output_dir", str(tmp_path / "out"), *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(tmp_path))
+
+    return run_stock
+
+
+@pytest.mark.parametrize(
+    ("trainer", "classes", "yaml", "words", "fields"),
+    [
+        (
+            "apo", "apo.APO", "extrapolation_alpha: 0.4\n", "--num_rounds 2",
+            {"num_rounds": 2, "extrapolation_alpha": [0.4]},
+        ),
+        (
+            "spo", "spo.SPO", "sft_optimum: 1\nlogging_steps: 1\n",
+            "--sft_dataset_name kept --sft_coef 0.5 --hinge batch --gradient_accumulation_steps 2",
+            {"sft_coef": 0.5, "sft_optimum": "1.0", "hinge": "batch", "sft_dataset_name": "kept"},
+        ),
+        (
+            "apo_spo", "apo_spo.APOSPO", "extrapolation_alpha: [0.4]\nlower_level: sft_dataset\n",
+            "--num_rounds 2 --sft_dataset_name kept --logging_steps 1",
+            {"num_rounds": 2, "extrapolation_alpha": [0.4], "lower_level": "sft_dataset"},
+        ),
+    ],
+)  # fmt: skip
+def test_unmodified_stock_script_end_to_end(
+    run_stock, run_tiny, stock_dpo, tmp_path, trainer, classes, yaml, words, fields
+):
+    """TRL's own dpo.py with settings, and a dataset of supervised rows, from both a file and the command line."""
     import torch
     from safetensors.torch import load_file
 
-    model, data = run_tiny
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"model_name_or_path: {model}\ndataset_name: {data}\nextrapolation_alpha: 0.4\nuse_cpu: true\nbf16: false\n"
-        "learning_rate: 1.0e-2\nper_device_train_batch_size: 4\nreport_to: none\nsave_strategy: 'no'\n"
-    )
-    command = [sys.executable, "-m", "trl_extras.run", "--trainer=apo", stock_dpo, "--config", str(recipe)]
-    command += ["--num_rounds", "2", "--output_dir", str(tmp_path / "out")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(tmp_path))
+    write_sft(tmp_path)
+    result = run_stock(trainer, *words.split(), yaml=yaml)
     assert result.returncode == 0, result.stderr[-4000:]
-    swap = f"trl-extras: DPOTrainer -> trl_extras.apo.APOTrainer, DPOConfig -> trl_extras.apo.APOConfig in {stock_dpo}"
-    assert swap in result.stderr.splitlines()
+    swap = f"DPOTrainer -> trl_extras.{classes}Trainer, DPOConfig -> trl_extras.{classes}Config"
+    assert f"trl-extras: {swap} in {stock_dpo}" in result.stderr.splitlines()
     args = torch.load(tmp_path / "out" / "training_args.bin", weights_only=False)
-    assert type(args).__name__ == "APOConfig"
-    assert args.num_rounds == 2
-    before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert type(args).__name__ == f"{classes.partition('.')[2]}Config"
+    assert {name: getattr(args, name) for name in fields} == fields
+    before = load_file(run_tiny[0] / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
     assert any(not torch.equal(before[key], after[key]) for key in before)
+    # The SFT rows were not only named, but kept.
+    assert ("'spo/gap_sft'" in result.stdout) == (trainer != "apo")
+    assert ("'spo/gap_chosen'" in result.stdout) == (trainer == "spo")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "words", "says"),
+    [
+        ("spo", ["--sft_tolerence", "0.1"], "dpo.py does not know --sft_tolerence; did you mean --sft-tolerance?"),
+        ("spo", ["--num_rounds", "2"], "dpo.py does not know --num_rounds"),
+        ("spo", ["--inner_steps", "2"], "`bilevel_solver='penalty'` takes no inner steps"),
+        ("spo", ["--lower_level", "both"], "`lower_level` is 'both', but there is no SFT dataset"),
+        ("spo", ["--sft_dataset_name", "nowhere"], "`sft_dataset_name` ('nowhere'), split 'train', cannot be loaded"),
+        ("apo_spo", ["--extrapolation_alfa", "1"], "did you mean --extrapolation-alpha?"),
+        ("apo_spo", ["--ld_alpha", "0.5"], "`ld_alpha` is 0.5"),
+    ],
+)
+def test_methods_refuse_in_the_stock_script(launch, stock_dpo, run_tiny, monkeypatch, trainer, words, says):
+    model, data = run_tiny
+    monkeypatch.chdir(launch.folder)
+    given = ["--model_name_or_path", str(model), "--dataset_name", str(data), "--use_cpu", "--bf16", "False"]
+    status = launch(stock_dpo, *given, "--output_dir", "out", "--report_to", "none", *words, trainer=trainer)
+    assert status == 2, launch.err
+    assert "Traceback" not in launch.err
+    assert len(launch.errors) == 1, launch.err
+    assert says.replace("-", "_") in launch.errors[0].replace("-", "_")
+    assert not (launch.folder / "out").exists()
 
 
 def test_two_processes(tmp_path, run_plugin):

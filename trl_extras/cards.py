@@ -1,7 +1,14 @@
-"""Model cards: what was trained and how exactly, with no local path and no secret."""
+"""
+Model cards: what was trained and how exactly, with no local path and no secret.
+
+Imported when a card is written, which may be in a script whose TRL classes have been swapped for ours: nothing that
+derives from a class of TRL's may be imported here.
+"""
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +17,11 @@ import transformers
 import trl
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from . import __version__
 from .rollouts.judges import public_name
+from .rounds.config import RoundsConfig
 
 
 # Shown although they have their defaults, because they decide what a run does.
@@ -46,20 +55,30 @@ _HELDOUT_COLUMNS = (
     ("distinct_bigrams_next", "distinct bigrams, extrapolated"), ("share_cut_next", "share cut, extrapolated"),
 )  # fmt: skip
 
+_SPO = "Stable Preference Optimization"
+# Of a floor, where there is one.
+_FLOOR_METRICS = (
+    ("loss", "loss, the gap included"),
+    ("rewards/accuracies", "accuracy"),
+    ("spo/chosen_change", "`spo/chosen_change`: log-probability of the chosen response less the reference's, nats"),
+    ("spo/rejected_change", "`spo/rejected_change`: the same of the rejected response, nats"),
+    ("spo/displaced", "`spo/displaced`: share of pairs whose chosen response is less likely than under the reference"),
+    ("spo/gap_chosen", "`spo/gap_chosen`: how far chosen responses are below their floor, nats per token"),
+    ("spo/gap_sft", "`spo/gap_sft`: the same of the SFT rows, nats per token"),
+    ("spo/penalty_share", "`spo/penalty_share`: the weighted gaps' share of the objective"),
+)
+
 _TEMPLATE = """---
 {{ card_data }}
 ---
 
 # {{ model_name }}
 
-This model was trained by *accelerated* preference optimization
-([{{ paper_title }}](https://arxiv.org/abs/{{ paper_id }})), with trl-extras {{ version }} on
-[TRL](https://github.com/huggingface/trl) {{ trl_version }}.
+This model was trained by {{ method }},
+with trl-extras {{ version }} on [TRL](https://github.com/huggingface/trl) {{ trl_version }}.
 {{ origin }} {{ data }}
 
-{{ sampled }}In {{ rounds }} each, the policy is trained against a reference that is the policy the round started
-from; after a round the weights are extrapolated, `theta = iterate + alpha * (iterate - previous iterate)`. {{ output
-}}
+{{ how }}
 
 ## Use
 
@@ -71,13 +90,7 @@ messages = [{"role": "user", "content": "What is a good film for a rainy day?"}]
 print(generator(messages, max_new_tokens=64)[0]["generated_text"])
 ```
 
-## Rounds
-
-{{ table }}
-{{ samples }}
-Norms are Euclidean, over all trained weights: the update is the round's result minus the policy that it started from,
-the momentum is its result minus the result before, the cosine is that between this update and the one before. Accuracy
-and margin are DPO's implicit rewards against the round's own reference.
+{{ results }}
 
 ## Configuration
 
@@ -93,27 +106,39 @@ transformers {{ transformers_version }}, torch {{ torch_version }}.
 ```
 """
 
+_ROUNDS_RESULTS = """\
+## Rounds
+
+{table}
+{samples}
+Norms are Euclidean, over all trained weights: the update is the round's result minus the policy that it started from,
+the momentum is its result minus the result before, the cosine is that between this update and the one before. Accuracy
+and margin are DPO's implicit rewards against the round's own reference."""
+
+_FLOOR_RESULTS = """\
+## What was kept
+
+{table}
+
+The last values logged: in training, means over the last logging window; in evaluation, over the whole set. Accuracy is
+that of DPO's implicit rewards.{reference}"""
+
 
 def build_card(
     trainer: Any, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
 ) -> ModelCard:
     """
-    The card of a model that was trained in rounds.
+    The card of a trained model.
 
     Args:
-        trainer: its trainer.
+        trainer: its trainer, which works in rounds, above a floor, or both.
         model_name, dataset_name, tags: as for [`~trl.DPOTrainer.create_model_card`].
     """
     import torch
 
     args = trainer.args
-    base = getattr(trainer.model.config, "_name_or_path", "") or ""
-    # A base model on this machine has no page to link to, and its path is nobody's business.
-    base_id = (
-        base if base and not Path(base).exists() and base.count("/") <= 1 and not Path(base).is_absolute() else None
-    )
-    if dataset_name and (Path(dataset_name).exists() or Path(dataset_name).is_absolute()):
-        dataset_name = None
+    base_id = _hub_id(getattr(trainer.model.config, "_name_or_path", None))
+    dataset_name = _hub_id(dataset_name)
     names = {tags} if isinstance(tags, str) else set(tags or ())
     names.update(trainer._tag_names, ["trl-extras", "generated_from_trainer"])
     repo_id = trainer.hub_model_id or model_name or Path(args.output_dir).name
@@ -125,10 +150,8 @@ def build_card(
         tags=sorted(names),
         license=None,
     )
-    what = "prompts" if trainer._makes_rows else "preferences"
-    rounds = f"{args.num_rounds} round" + ("s of" if args.num_rounds > 1 else " of")
-    epochs = sorted(set(args.epochs_of_rounds())) if args.num_rounds > 1 else [args.num_train_epochs]
-    span = f"{epochs[0]:g}" if len(epochs) == 1 else f"{epochs[0]:g} to {epochs[-1]:g}"
+    what = "prompts" if isinstance(args, RoundsConfig) and trainer._makes_rows else "preferences"
+    method, how, results = _about(trainer)
     return ModelCard.from_template(
         data,
         template_str=_TEMPLATE,
@@ -138,8 +161,7 @@ def build_card(
         torch_version=torch.__version__,
         repo_id=repo_id,
         model_name=data.model_name,
-        paper_title=trainer._paper["title"],
-        paper_id=trainer._paper["id"],
+        method=method,
         citation=trainer._paper["citation"],
         origin=(
             f"It started from [{base_id}](https://huggingface.co/{base_id})."
@@ -149,16 +171,132 @@ def build_card(
         data=f"The {what} are [{dataset_name}](https://huggingface.co/datasets/{dataset_name})."
         if dataset_name
         else "",
-        sampled=_sampled(trainer),
-        rounds=f"{rounds} {span} epoch{'' if span == '1' else 's'}",
-        output=(
-            "The output is the last iterate, not extrapolated."
-            if getattr(args, "output_policy", "iterate") == "iterate"
-            else "The output is the last iterate, extrapolated once more."
+        how=how,
+        results=results,
+        configuration=yaml.safe_dump(
+            _configuration(args, _hub_id(getattr(trainer, "sft_dataset_name", None))),
+            sort_keys=True,
+            allow_unicode=True,
         ),
-        table=round_table(trainer.round_summaries),
-        samples=sample_tables(trainer.round_summaries),
-        configuration=yaml.safe_dump(_configuration(args), sort_keys=True, allow_unicode=True),
+    )
+
+
+def _hub_id(name: str | None) -> str | None:
+    """A name that leads to a page of the Hub; a folder of this machine has none, and its path is nobody's business."""
+    if not name or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def _about(trainer: Any) -> tuple[str, str, str]:
+    """The method with its paper, how it went about the training, and what came of it."""
+    in_rounds, above_floor = isinstance(trainer.args, RoundsConfig), hasattr(trainer, "_spo_paper")
+    name = trainer._paper["title"]
+    how, results = [], []
+    if in_rounds:
+        # What tells this method from the others with the same three letters.
+        name = "*accelerated* preference optimization"
+        how.append(_sampled(trainer) + _rounds(trainer.args))
+        tables = {"table": round_table(trainer.round_summaries), "samples": sample_tables(trainer.round_summaries)}
+        results.append(_ROUNDS_RESULTS.format(**tables))
+    if above_floor:
+        name = name if in_rounds else _SPO
+        how.append(_floor(trainer))
+        results.append(_kept(trainer))
+    method = f"{name}\n({_link(trainer._paper)})"
+    if in_rounds and above_floor:
+        method += f" over\nthe objective of {_SPO}\n({_link(trainer._spo_paper)})"
+    return method, "\n\n".join(how), "\n\n".join(results)
+
+
+def _link(paper: dict[str, str]) -> str:
+    return f"[{paper['title']}](https://arxiv.org/abs/{paper['id']})"
+
+
+def _plural(count: float, noun: str) -> str:
+    return f"{count:g} {noun}{'' if count == 1 else 's'}"
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 119, break_long_words=False, break_on_hyphens=False)
+
+
+def _rounds(args: Any) -> str:
+    """What a round is, and what the run ends with."""
+    epochs = sorted(set(args.epochs_of_rounds())) if args.num_rounds > 1 else [args.num_train_epochs]
+    span = _plural(epochs[0], "epoch") if len(epochs) == 1 else f"{epochs[0]:g} to {epochs[-1]:g} epochs"
+    output = "not extrapolated" if getattr(args, "output_policy", "iterate") == "iterate" else "extrapolated once more"
+    return _paragraph(
+        f"In {_plural(args.num_rounds, 'round')} of {span} each, the policy is trained against a reference that is "
+        "the policy the round started from; after a round the weights are extrapolated, "
+        f"`theta = iterate + alpha * (iterate - previous iterate)`. The output is the last iterate, {output}."
+    )
+
+
+def _floor(trainer: Any) -> str:
+    """The objective of Stable Preference Optimization as this run had it."""
+    args = trainer.args
+    reference = "the round's reference" if isinstance(args, RoundsConfig) else "the reference model"
+    kept, floors = [], []
+    if "chosen" in trainer._spo_sources:
+        kept.append("the chosen responses")
+        floors.append(f"what {reference} gives the chosen responses")
+    if "sft" in trainer._spo_sources:
+        name = _hub_id(trainer.sft_dataset_name)
+        where = f"[{name}](https://huggingface.co/datasets/{name})" if name else "an SFT dataset"
+        kept.append(f"{len(trainer._spo_rows):,} rows of {where}")
+        floors.append("what the initial model gave the SFT rows")
+    losses = ", ".join(f"`{name}`" for name in args.loss_type)
+    gap = f"the gap by which the likelihood of {' and '.join(kept)} has fallen below a floor"
+    if args.sft_coef:
+        objective = f"plus {args.sft_coef:g} times {gap}; above the floor nothing is added."
+    else:
+        objective = f"alone; {gap} is measured, but has the weight 0."
+    floor = " and ".join(floors) if args.optimum is None else f"a loss of {args.optimum:g} nats per token"
+    if args.sft_tolerance:
+        floor += f", with a tolerance of {args.sft_tolerance:g} nats per token"
+    hinge = {
+        "example": "each example has its own",
+        "batch": "it holds for the mean over all tokens of a batch",
+    }[args.hinge]
+    where = "at the weights"
+    if args.bilevel_solver != "penalty":
+        fate = "are kept" if args.bilevel_solver == "alternating" else "are taken back"
+        where = (
+            f"after {_plural(args.inner_steps, 'step')} of supervised fine-tuning on what is to be kept, of size "
+            f"{args.inner_rate:g}, which {fate}"
+        )
+    return _paragraph(
+        f"The objective is a preference loss ({losses}) {objective} "
+        f"The floor is {floor}; {hinge} (`hinge`: `{args.hinge}`). "
+        f"The gradient is taken {where} (`bilevel_solver`: `{args.bilevel_solver}`)."
+    )
+
+
+def _kept(trainer: Any) -> str:
+    """What became of the likelihoods, from the values logged last."""
+    columns = [("metric", "")]
+    entries: dict[str, dict[str, Any]] = {}
+    for entry in trainer.state.log_history:
+        for key in entry:
+            # Of several evaluation sets each has a loss of its own.
+            found = re.fullmatch(r"(eval_)?(?:([^/]+)_)?loss", key)
+            if found and (found[1] or not found[2]):
+                where = f"evaluation{f' ({found[2]})' if found[2] else ''}" if found[1] else "training"
+                entries[where] = {**entry, f"{found[1] or ''}loss": entry[key]}
+    rows: list[dict[str, Any]] = [{"metric": meaning} for _, meaning in _FLOOR_METRICS]
+    for where, entry in sorted(entries.items(), key=lambda item: item[0] != "training"):
+        columns.append((where, f"{where}, step {entry['step']}"))
+        for row, (key, _) in zip(rows, _FLOOR_METRICS, strict=True):
+            row[where] = entry.get(key if where == "training" else f"eval_{key}")
+    shown = [row for row in rows if any(value is not None for where, value in row.items() if where != "metric")]
+    return _FLOOR_RESULTS.format(
+        table=_markdown(columns, shown) if shown else "Nothing has been logged yet.",
+        reference=" The reference is the last round's." if isinstance(trainer.args, RoundsConfig) else "",
     )
 
 
@@ -235,7 +373,7 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _configuration(args: Any) -> dict[str, Any]:
+def _configuration(args: Any, sft_dataset_name: str | None) -> dict[str, Any]:
     """Every setting that differs from its default or is always shown; nothing that names this machine."""
     values = args.to_dict()
     defaults = {name: field.default for name, field in type(args).__dataclass_fields__.items()}
@@ -260,5 +398,8 @@ def _configuration(args: Any) -> dict[str, Any]:
         shown["reward_funcs"] = [public_name(str(name)) for name in names]
     if isinstance(ranker, str):
         shown["ranker"] = public_name(ranker)
+    if sft_dataset_name is None:
+        for name in ("sft_dataset_name", "sft_dataset_config", "sft_dataset_split"):
+            shown.pop(name, None)
     # "<NAME>" is what transformers shows in place of a secret.
     return {name: value for name, value in shown.items() if value is not None and not str(value).startswith("<")}

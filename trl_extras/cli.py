@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -29,7 +30,11 @@ _NOT_FOR_US = {"-h", "--help", "-m", "--module", "--no_python", "--no-python"}
 _HELP = """\
 usage: trl-extras COMMAND ...
 
+  METHOD --config recipe.yaml [flags]
+                  train; also takes the flags of `accelerate launch`, and --accelerate_config, on the command line or
+                  in the YAML file. The methods:
 {methods}
+
   run --trainer NAME SCRIPT [script arguments]
                   run an existing, unmodified TRL script with the class swapped, in this process; with several
                   processes: accelerate launch -m trl_extras.run --trainer NAME SCRIPT ...
@@ -50,11 +55,12 @@ def methods() -> list[str]:
 
 def help_text() -> str:
     """The text of `trl-extras --help`."""
+    # The scripts import neither torch nor trl before they are run.
+    summaries = {name: import_module(f"trl_extras.scripts.{name}").script.summary for name in methods()}
+    indent = " " * 18
     lines = [
-        f"  {name} --config recipe.yaml [flags]\n"
-        f"                  train with {name.upper()}; also takes the flags of `accelerate launch`, and\n"
-        "                  --accelerate_config, on the command line or in the YAML file"
-        for name in methods()
+        textwrap.fill(text, 115, initial_indent=f"    {name}".ljust(18), subsequent_indent=indent)
+        for name, text in summaries.items()
     ]
     trainers = [*BUILT_IN, *(f"{name} ({method.trainer})" for name, method in sorted(registered().items()))]
     return _HELP.format(methods="\n".join(lines), trainers=", ".join(trainers))

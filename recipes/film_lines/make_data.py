@@ -1,4 +1,4 @@
-"""Write preference pairs from human ratings as JSON lines, for `trl-extras apo --config recipes/film_lines/apo.yaml`.
+"""Write preference pairs from human ratings, and human text to keep, as JSON lines, for the recipes in this folder.
 
 python recipes/film_lines/make_data.py --out data/film-lines
 """
@@ -6,7 +6,9 @@ python recipes/film_lines/make_data.py --out data/film-lines
 from __future__ import annotations
 
 import argparse
+import random
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -18,11 +20,37 @@ import film_lines  # noqa: E402
 import parts  # noqa: E402
 
 
+def kept_texts(snippets: Iterable[film_lines.Snippet], data: film_lines.FilmLines, count: int, seed: int) -> list[str]:
+    """
+    Human text that is neither in a pair nor among the unseen texts, and of their kind: neutral film lines, and lines
+    about products and from editorials.
+
+    Raises:
+        ValueError: there is not as much.
+    """
+    rows = [*data.train, *data.held_out]
+    used = {film_lines.normalise(row[side][0]["content"]) for row in rows for side in ("chosen", "rejected")}
+    used |= {film_lines.normalise(text) for text in data.unseen}
+    shortest, longest = film_lines.UNSEEN_WORDS
+    found = [
+        snippet.text
+        for snippet in film_lines.deduplicate(snippets)
+        if snippet.source != "tweet"
+        and (snippet.source != "film" or abs(snippet.rating) < film_lines.MIN_RATING / 2)
+        and shortest <= snippet.words <= longest
+        and film_lines.normalise(snippet.text) not in used
+    ]
+    if not 1 <= count <= len(found):
+        raise ValueError(f"{count} texts to keep asked for, but 1 to {len(found)} are possible")
+    return random.Random(seed).sample(found, count)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, help="folder for train.jsonl and test.jsonl")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=48, help="pairs a round (default: 48)")
+    parser.add_argument("--kept", type=int, default=96, help="texts whose likelihood is to be kept (default: 96)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=REPOSITORY / ".cache" / "trl-extras-quickstart")
     parser.add_argument(
@@ -32,6 +60,7 @@ def main() -> int:
     try:
         snippets = film_lines.read_sdist(parts.ratings(options.cache, print))
         data = film_lines.make(snippets, options.rounds, options.pairs, options.seed)
+        kept = kept_texts(snippets, data, options.kept, options.seed)
         base = parts.base_model(options.cache, print) if options.model else None
     except (ValueError, parts.PartError) as error:
         print(f"make_data: {error}", file=sys.stderr)
@@ -42,7 +71,11 @@ def main() -> int:
     film_lines.write_jsonl(options.out / "test.jsonl", data.held_out)
     apart = options.out.with_name(f"{options.out.name}-unseen.jsonl")
     film_lines.write_jsonl(apart, [{"text": text} for text in data.unseen])
-    print(f"{len(data.train)} training pairs and {len(data.held_out)} held-out pairs in {options.out}; {apart}")
+    sft = options.out.with_name(f"{options.out.name}-sft")
+    sft.mkdir(exist_ok=True)
+    film_lines.write_jsonl(sft / "train.jsonl", [{"text": text} for text in kept])
+    print(f"{len(data.train)} training pairs and {len(data.held_out)} held-out pairs in {options.out}")
+    print(f"{len(kept)} texts to keep in {sft}; {len(data.unseen)} unseen ones in {apart}")
     if base is not None:
         print(f"model_name_or_path: {base.path}")
     return 0

@@ -130,6 +130,9 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
             }"""),
     }
 
+    # For the card of a method that is built over this one and names another paper first.
+    _spo_paper = _paper
+
     def __init__(self, *args: Any, sft_dataset: Any = None, **kwargs: Any):
         given = self._bind(args, kwargs)
         config = given["args"]
