@@ -280,3 +280,20 @@ def test_stages_that_were_not_needed_are_not_waited_for(progress: Any, clock: li
     meter.enter(progress.sampling_label(2))
     assert meter.left() < left
     assert not any("extrapolated" in stage.label for stage in _meter(progress, [], alpha=0).stages)
+
+
+def test_text_to_keep_is_no_text_in_use_and_begins_with_no_prompt() -> None:
+    snippets = _snippets()
+    used = [snippets[140].text, openings.opening(snippets[150].text).upper()]
+    everything = len(film_lines.kept_texts(snippets, [], 1, 0)) and [
+        s for s in snippets if s.source != "film" or s.rating == 0.1
+    ]
+    begun = [s.text for s in everything if s.text.lower().startswith(used[1].lower())]
+    allowed = [s for s in everything if film_lines.UNSEEN_WORDS[0] <= s.words <= film_lines.UNSEEN_WORDS[1]]
+    most = len(allowed) - sum(s.text == used[0] or s.text in begun for s in allowed)
+    kept = film_lines.kept_texts(snippets, used, most, 0)
+    assert begun
+    assert len(set(kept)) == most
+    assert not set(kept) & {used[0], *begun}
+    with pytest.raises(ValueError, match=f"1 to {most} are possible"):
+        film_lines.kept_texts(snippets, used, most + 1, 0)

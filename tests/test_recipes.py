@@ -111,6 +111,16 @@ def test_the_quickstart_as_a_recipe() -> None:
     assert f"def {function}(" in (RECIPES.parent / file).read_text(encoding="utf-8")
 
 
+def test_the_quickstart_above_a_floor_differs_by_the_floor_alone() -> None:
+    bare, floor = (
+        yaml.safe_load((RECIPES / f"quickstart/{name}.yaml").read_text(encoding="utf-8"))
+        for name in ("apo", "apo_spo")
+    )
+    added = {"sft_dataset_name", "lower_level", "sft_coef", "sft_batch_size"}
+    assert floor.keys() - bare.keys() == added
+    assert {key for key in bare if bare[key] != floor.get(key)} == {"output_dir"}
+
+
 SPO_RECIPES = ("spo/smollm2-cpu.yaml", "spo/qwen2.5-0.5b-ultrafeedback.yaml", "film_lines/spo.yaml")
 
 

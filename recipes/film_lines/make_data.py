@@ -6,9 +6,7 @@ python recipes/film_lines/make_data.py --out data/film-lines
 from __future__ import annotations
 
 import argparse
-import random
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -18,31 +16,6 @@ sys.path.insert(0, str(REPOSITORY / "recipes" / "quickstart"))
 
 import film_lines  # noqa: E402
 import parts  # noqa: E402
-
-
-def kept_texts(snippets: Iterable[film_lines.Snippet], data: film_lines.FilmLines, count: int, seed: int) -> list[str]:
-    """
-    Human text that is neither in a pair nor among the unseen texts, and of their kind: neutral film lines, and lines
-    about products and from editorials.
-
-    Raises:
-        ValueError: there is not as much.
-    """
-    rows = [*data.train, *data.held_out]
-    used = {film_lines.normalise(row[side][0]["content"]) for row in rows for side in ("chosen", "rejected")}
-    used |= {film_lines.normalise(text) for text in data.unseen}
-    shortest, longest = film_lines.UNSEEN_WORDS
-    found = [
-        snippet.text
-        for snippet in film_lines.deduplicate(snippets)
-        if snippet.source != "tweet"
-        and (snippet.source != "film" or abs(snippet.rating) < film_lines.MIN_RATING / 2)
-        and shortest <= snippet.words <= longest
-        and film_lines.normalise(snippet.text) not in used
-    ]
-    if not 1 <= count <= len(found):
-        raise ValueError(f"{count} texts to keep asked for, but 1 to {len(found)} are possible")
-    return random.Random(seed).sample(found, count)
 
 
 def main() -> int:
@@ -60,7 +33,9 @@ def main() -> int:
     try:
         snippets = film_lines.read_sdist(parts.ratings(options.cache, print))
         data = film_lines.make(snippets, options.rounds, options.pairs, options.seed)
-        kept = kept_texts(snippets, data, options.kept, options.seed)
+        rows = [*data.train, *data.held_out]
+        used = [row[side][0]["content"] for row in rows for side in ("chosen", "rejected")]
+        kept = film_lines.kept_texts(snippets, [*used, *data.unseen], options.kept, options.seed)
         base = parts.base_model(options.cache, print) if options.model else None
     except (ValueError, parts.PartError) as error:
         print(f"make_data: {error}", file=sys.stderr)

@@ -166,6 +166,30 @@ def unseen_texts(unique: Iterable[Snippet]) -> list[str]:
     return unseen
 
 
+def kept_texts(snippets: Iterable[Snippet], used: Iterable[str], count: int, seed: int) -> list[str]:
+    """
+    Human text to keep the likelihood of, of the unseen texts' kind: neutral film lines, products, editorials.
+
+    Args:
+        used: what it must not be, whole lines or their beginnings.
+
+    Raises:
+        ValueError: there is not as much.
+    """
+    begun = tuple({normalise(text) for text in used})
+    found = [
+        snippet.text
+        for snippet in deduplicate(snippets)
+        if snippet.source != "tweet"
+        and (snippet.source != "film" or abs(snippet.rating) < MIN_RATING / 2)
+        and UNSEEN_WORDS[0] <= snippet.words <= UNSEEN_WORDS[1]
+        and not normalise(snippet.text).startswith(begun)
+    ]
+    if not 1 <= count <= len(found):
+        raise ValueError(f"{count} texts to keep asked for, but 1 to {len(found)} are possible")
+    return random.Random(seed).sample(found, count)
+
+
 def make(
     snippets: Iterable[Snippet], rounds: int, pairs_a_round: int, seed: int, held_out_pairs: int = HELD_OUT_PAIRS
 ) -> FilmLines:

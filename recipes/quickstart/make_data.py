@@ -1,4 +1,4 @@
-"""Write the quickstart's prompts as JSON lines, for `trl-extras apo --config recipes/quickstart/apo.yaml`.
+"""Write the quickstart's prompts, and human text to keep, as JSON lines, for apo.yaml and apo_spo.yaml beside this.
 
 python recipes/quickstart/make_data.py --out data/film-openings
 """
@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument(
         "--prompts", type=int, default=24, help="prompts a round, without those to spare (default: 24)"
     )
+    parser.add_argument("--kept", type=int, default=96, help="texts whose likelihood is to be kept (default: 96)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=REPOSITORY / ".cache" / "trl-extras-quickstart")
     parser.add_argument(
@@ -33,6 +34,8 @@ def main() -> int:
     try:
         snippets = film_lines.read_sdist(parts.ratings(options.cache, print))
         data = openings.make(snippets, options.rounds, options.prompts, options.seed)
+        used = [*data.train, *data.held_out, *data.unseen]
+        kept = film_lines.kept_texts(snippets, used, options.kept, options.seed)
         base = parts.base_model(options.cache, print) if options.model else None
     except (ValueError, parts.PartError) as error:
         print(f"make_data: {error}", file=sys.stderr)
@@ -43,7 +46,11 @@ def main() -> int:
     film_lines.write_jsonl(options.out / "test.jsonl", [{"prompt": text} for text in data.held_out])
     apart = options.out.with_name(f"{options.out.name}-unseen.jsonl")
     film_lines.write_jsonl(apart, [{"text": text} for text in data.unseen])
+    text = options.out.with_name(f"{options.out.name}-sft")
+    text.mkdir(exist_ok=True)
+    film_lines.write_jsonl(text / "train.jsonl", [{"text": line} for line in kept])
     print(f"{len(data.train)} training prompts and {len(data.held_out)} held-out prompts in {options.out}; {apart}")
+    print(f"{len(kept)} texts to keep in {text}")
     if base is not None:
         print(f"model_name_or_path: {base.path}")
     return 0
