@@ -528,7 +528,7 @@ def wait_for_an_instant(life: Life, case: Case, draw: random.Random, share: floa
             target = draw.choice(targets)
         else:
             # Rather one that few kills have hit; what comes before the training is over.
-            targets = [at for at in targets if LEVELS[1][at - 1][1] != "_write_optimum"]
+            targets = [at for at in targets if LEVELS[1][at - 1][1] != "_write_floor"]
             names = [LEVELS[1][at - 1][2] for at in targets]
             hit = [sum(number for where, number in case.hits.items() if where.endswith(name)) for name in names]
             target = draw.choices(targets, [1 / (1 + number) ** 2 for number in hit])[0]

@@ -42,12 +42,12 @@ DOING = (
     (SPOTrainer, "_begin", "start of a run"),
     (SPOTrainer, "_begin_window", "a window's begin"),
     (SPOTrainer, "_end_window", "a window's end"),
-    (SPOTrainer, "_initial_optimum", FLOOR),
+    (SPOTrainer, "_initial_floor", FLOOR),
     (DPOTrainer, "_precompute_ref_logps", "reference log-probs, ahead"),
 )
 OPERATIONS = (
     (SFTRows, "batch", "SFT rows drawn"),
-    (SPOTrainer, "_write_optimum", "floor written"),
+    (SPOTrainer, "_write_floor", "floor written"),
     (SPOTrainer, "_move_inside", "inner steps"),
     (SPOTrainer, "_settle_hinges", "hinges settled"),
     (SPOTrainer, "_correct_gradient", "hypergradient"),

@@ -749,7 +749,9 @@ def test_the_floor_is_the_references_or_a_number(given: Any, optimum: float | No
 def test_losses_without_a_reference_take_its_values_before_training(loss_type: Any, free: bool) -> None:
     config = configure(loss_type=loss_type)
     assert config.is_reference_free is free
-    assert config.precompute_ref_log_probs is free
+    # The trainer computes the reference's values ahead for it, on a copy of the config.
+    assert config.is_reference_free is free
+    assert not config.precompute_ref_log_probs
     assert configure(loss_type=loss_type, precompute_ref_log_probs=True).precompute_ref_log_probs
 
 
@@ -976,7 +978,7 @@ def drawn(rows: SFTRows, step: int, batch: int, accumulation: int, processes: in
                 sft_batch_size=None, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
             ),
             accelerator=SimpleNamespace(num_processes=processes, process_index=process),
-            state=SimpleNamespace(global_step=step),
+            state=SimpleNamespace(global_step=step, train_batch_size=None),
         )
         for position in range(accumulation):
             found += SPOTrainer._sft_indices(stand_in, position, training=True)
@@ -1001,7 +1003,7 @@ def test_sft_batch_size_is_for_each_micro_batch(seven: SFTRows) -> None:
                 _spo_rows=seven,
                 args=SimpleNamespace(sft_batch_size=3, per_device_train_batch_size=2, gradient_accumulation_steps=2),
                 accelerator=SimpleNamespace(num_processes=processes, process_index=process),
-                state=SimpleNamespace(global_step=step),
+                state=SimpleNamespace(global_step=step, train_batch_size=None),
             )
             found += SPOTrainer._sft_indices(stand_in, position, training=True)
         assert found == seven.indices(0, 18 * processes)

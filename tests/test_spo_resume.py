@@ -104,11 +104,11 @@ def test_the_floor_is_the_first_models_whatever_model_resumes(
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", folder / "checkpoint-2")
     resumed = make(folder, model=tiny.make_model(seed=5), ref_model=tiny.make_model(seed=9), **settings)
     # Before it is known that the run goes on, the floor is that of the model at hand.
-    assert not torch.equal(resumed._spo_optimum, floor)
+    assert not torch.equal(resumed._spo_floor.nll, floor)
     capsys.readouterr()
     resumed.train(resume_from_checkpoint="last")
     assert "The floor of the SFT dataset is that of the run's initial model" in capsys.readouterr().out
-    assert torch.equal(resumed._spo_optimum, floor)
+    assert torch.equal(resumed._spo_floor.nll, floor)
     assert (folder / FLOOR).read_bytes() == (tmp_path / "whole" / FLOOR).read_bytes()
     assert (folder / "checkpoint-4" / FLOOR).read_bytes() == (tmp_path / "whole" / FLOOR).read_bytes()
     assert tiny.same_weights(resumed.model, whole.model)

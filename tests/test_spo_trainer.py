@@ -49,18 +49,93 @@ def test_the_floor_is_the_initial_models_and_cached(
 ) -> None:
     trainer = make_spo(sft_dataset=tiny.make_sft_rows(), per_device_eval_batch_size=3)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    assert torch.allclose(trainer._spo_optimum, all_floors(trainer, model), rtol=1e-5)
+    assert torch.allclose(trainer._spo_floor.nll, all_floors(trainer, model), rtol=1e-5)
     stored = load_file(tmp_path / "out" / _FOLDER / _OPTIMUM_FILE)["nll"]
-    assert torch.equal(stored, trainer._spo_optimum)
+    assert torch.equal(stored, trainer._spo_floor.nll)
 
     calls = []
-    monkeypatch.setattr(SPOTrainer, "_write_optimum", lambda self, *args: calls.append(args))
+    monkeypatch.setattr(SPOTrainer, "_write_floor", lambda self, *args: calls.append(args))
     make_spo(sft_dataset=tiny.make_sft_rows(), per_device_eval_batch_size=3)
     assert not calls, "the same model and rows: taken from disk"
     make_spo(sft_dataset=tiny.make_sft_rows(seed=3))
     other = tiny.make_model(seed=1)
     make_spo(model=other, ref_model=copy.deepcopy(other), sft_dataset=tiny.make_sft_rows())
     assert len(calls) == 2, "other rows, another model: made anew"
+
+
+def test_a_checkpoint_has_the_runs_own_floor(make_spo: Any, tmp_path: Path) -> None:
+    """Whatever another trainer has put into the folder meanwhile."""
+    rows = tiny.make_sft_rows()
+    ours = make_spo(sft_dataset=rows, save_strategy="steps", save_steps=2, max_steps=4)
+    other = tiny.make_model(seed=4)
+    make_spo(model=other, ref_model=tiny.make_model(), sft_dataset=rows.select(range(3)))
+    ours.train()
+    for step in (2, 4):
+        stored = load_file(tmp_path / f"out/checkpoint-{step}" / _FOLDER / _OPTIMUM_FILE)["nll"]
+        assert torch.equal(stored, ours._spo_floor.nll)
+
+
+def test_another_architecture_with_the_same_weights_has_another_floor(make_spo: Any) -> None:
+    floors = []
+    for theta in (10_000.0, 100.0):
+        model = tiny.make_model(rope_parameters={"rope_type": "default", "rope_theta": theta})
+        floors.append(make_spo(model=model, ref_model=tiny.make_model(), sft_dataset=tiny.make_sft_rows())._spo_floor)
+    assert floors[0].key != floors[1].key
+    assert not torch.equal(floors[0].nll, floors[1].nll)
+
+
+def test_a_checkpoint_without_a_floor_is_refused(make_spo: Any, tmp_path: Path) -> None:
+    settings = {"sft_dataset": tiny.make_sft_rows(), "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    make_spo(sft_optimum=2.0, **settings).train()
+    with pytest.raises(ConfigurationError, match=r"checkpoint-4 does not hold the floor .* a number as"):
+        make_spo(**settings).train(resume_from_checkpoint="last")
+    make_spo(sft_optimum=2.0, **settings).train(resume_from_checkpoint="last")
+
+
+def test_a_config_can_be_used_again_with_another_loss(make_spo: Any) -> None:
+    seen = []
+
+    class Given(SPOTrainer):
+        def __init__(self, *args: Any, **kwargs: Any):
+            seen.append(kwargs["args"])
+            super().__init__(*args, **kwargs)
+
+    trainer = make_spo(cls=Given, loss_type="simpo")
+    assert trainer.args.precompute_ref_log_probs
+    assert not seen[0].precompute_ref_log_probs
+
+
+def test_a_field_that_was_set_later_is_checked_too(make_spo: Any, monkeypatch: Any) -> None:
+    original = SPOConfig.__post_init__
+
+    def later(self: Any) -> None:
+        original(self)
+        self.sft_coef = -1.0
+
+    monkeypatch.setattr(SPOConfig, "__post_init__", later)
+    with pytest.raises(ConfigurationError, match=r"`sft_coef` is -1.0"):
+        make_spo()
+
+
+def test_a_reference_free_loss_lets_a_given_reference_go(make_spo: Any) -> None:
+    reference = tiny.make_model(seed=3)
+    trainer = make_spo(loss_type="simpo", ref_model=reference)
+    assert trainer.ref_model is None
+    row = trainer.train_dataset[0]
+    with torch.no_grad():
+        example = (row["prompt_ids"], row["chosen_ids"])
+        wanted = float(slow.log_prob(reference, dict(reference.named_parameters()), example))
+    assert row["ref_chosen_logps"] == pytest.approx(wanted, rel=1e-5)
+    trainer.train()
+    with pytest.raises(ConfigurationError, match=r"another `eval_dataset` cannot be had once training has begun"):
+        trainer.evaluate(tiny.make_pairs(4, seed=8))
+
+
+def test_a_batch_size_that_was_lowered_lowers_that_of_the_sft_rows(make_spo: Any) -> None:
+    trainer = make_spo(sft_dataset=tiny.make_sft_rows(), per_device_train_batch_size=4)
+    assert len(trainer._sft_indices(0, training=True)) == 4
+    trainer.state.train_batch_size = 2  # as `auto_find_batch_size` leaves it
+    assert len(trainer._sft_indices(0, training=True)) == 2
 
 
 def test_a_policy_at_its_reference_is_not_pushed(make_spo: Any) -> None:
@@ -357,7 +432,7 @@ def test_floors_over_rounds(make_spo: Any, base: Path, loss_type: str, solver: d
     trainer = apo_spo(make_spo, sft_dataset=tiny.make_sft_rows(), loss_type=loss_type, **solver)
     trainer.train()
     initial = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    assert torch.allclose(trainer._spo_optimum, all_floors(trainer, initial), rtol=1e-5)
+    assert torch.allclose(trainer._spo_floor.nll, all_floors(trainer, initial), rtol=1e-5)
     change, gap_chosen, gap_sft = (
         numbers(trainer, f"spo/{key}") for key in ("chosen_change", "gap_chosen", "gap_sft")
     )

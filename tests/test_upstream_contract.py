@@ -139,8 +139,8 @@ def test_our_names_hide_nothing_of_upstreams_by_accident() -> None:
         RolloutsTrainer: {*_compat.OVERRIDDEN_DATA_METHODS, "evaluate"},
         APOTrainer: {*_compat.OVERRIDDEN_DPO_METHODS, "_name", "_paper", "_tag_names"},
         SPOTrainer: {
-            "compute_loss", "evaluation_loop", "get_batch_samples", "log", "prediction_step", "train", "training_step",
-            "_name", "_paper", "_tag_names",
+            *_compat.OVERRIDDEN_DPO_METHODS, "compute_loss", "evaluate", "evaluation_loop", "get_batch_samples",
+            "log", "prediction_step", "train", "training_step", "_name", "_paper", "_tag_names",
         },
     }  # fmt: skip
     set_on_purpose = {
@@ -148,7 +148,7 @@ def test_our_names_hide_nothing_of_upstreams_by_accident() -> None:
         RoundsTrainer: {"args", "train_dataset", "lr_scheduler"},
         RolloutsTrainer: set(),
         APOTrainer: {*_compat.DPO_ATTRIBUTES, "eval_dataset"} - {"precompute_ref_logps"},
-        SPOTrainer: {*_compat.SPO_ATTRIBUTES} - {"_metrics"},
+        SPOTrainer: {*_compat.SPO_ATTRIBUTES, "ref_model"} - {"_metrics"},
     }
     for ours, wanted in overridden.items():
         for stock in STOCK if ours in (WholeCheckpoints, RoundsTrainer) else (DPOTrainer,):

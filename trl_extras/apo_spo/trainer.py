@@ -29,6 +29,9 @@ class APOSPOTrainer(APOTrainer, SPOTrainer):
         "citation": f"{APOTrainer._paper['citation']}\n\n{SPOTrainer._paper['citation']}",
     }
 
+    def _release_reference(self) -> None:
+        """Later rounds' references are computed with it where the user passed one."""
+
     def _comparable_configuration(self, config: Any) -> dict[str, Any]:
         fields = super()._comparable_configuration(config)
         # Its rows are compared, and the name may be a folder of this machine.

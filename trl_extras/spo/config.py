@@ -126,6 +126,16 @@ class SPOConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.validate_spo()
+
+    def validate_spo(self) -> None:
+        """
+        Check the fields of this class, and that the rest of the configuration works with them; the trainer does it
+        again, because fields can be set after the config was made.
+
+        Raises:
+            ValueError: naming the field, what it got, what it wants.
+        """
         for name, choices in (
             ("bilevel_solver", SOLVERS), ("hinge", HINGES), ("hypergradient", HYPERGRADIENTS),
             ("lower_level", (None, *LOWER_LEVELS)),
@@ -233,7 +243,7 @@ class SPOConfig(DPOConfig):
     def _check_losses(self) -> None:
         known = {*re.findall(r"`'(\w+)'`", DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]), *OWN_LOSSES}
         for name in self.loss_type:
-            close = difflib.get_close_matches(name, known, n=1)
+            close = difflib.get_close_matches(name.lower(), known, n=1)
             # A newer TRL may have losses that its help text does not name: only what looks like a slip is refused.
             if name not in known and close:
                 raise ConfigurationError(f"`loss_type` has {name!r}, which is not known: did you mean {close[0]!r}?")
@@ -268,9 +278,6 @@ class SPOConfig(DPOConfig):
             raise ConfigurationError(
                 "`sync_ref_model=True` moves the reference after the policy, and the floor with it: leave it out."
             )
-        if self.is_reference_free:
-            # The floor and the metrics take the reference's values from before training; no model stays for them.
-            self.precompute_ref_log_probs = True
 
     @property
     def is_reference_free(self) -> bool:

@@ -14,14 +14,18 @@ The parent's loss is not copied: a callable stands in for the model, hands the c
 from __future__ import annotations
 
 import contextlib
+import copy
+import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from accelerate.utils import gather_object
+import xxhash
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -63,6 +67,36 @@ class _Forward:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
+
+
+@dataclass
+class _Floor:
+    """
+    nll* of every SFT row, (rows,), nats per token, and a key that says of which rows under which model.
+    """
+
+    key: str
+    nll: Tensor
+
+    @classmethod
+    def read(cls, path: Path) -> _Floor | None:
+        """From a file that [`write`] wrote, or None if there is none that can be read."""
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                return cls(str((file.metadata() or {}).get("key")), file.get_tensor("nll"))
+        except Exception as error:
+            logger.warning(f"{path.name} cannot be read ({type(error).__name__}).")
+            return None
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{durable.PARTIAL_PREFIX}{path.name}")
+        save_file({"nll": self.nll}, partial, metadata={"key": self.key})
+        durable.sync(partial)
+        partial.replace(path)
 
 
 class _Window:
@@ -140,7 +174,7 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
         self._spo_eval_batches = 0
         self._spo_warned = False
         self._spo_rows: SFTRows | None = None
-        self._spo_optimum: Tensor | None = None
+        self._spo_floor: _Floor | None = None
         # None where the rows are no named dataset's.
         self.sft_dataset_name: str | None = config.sft_dataset_name if sft_dataset is None else None
         rows = load_rows(sft_dataset, config)
@@ -160,7 +194,24 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
         if config.bilevel_solver != "penalty":
             self._check_precision()
         if self._spo_rows is not None and config.optimum is None:
-            self._spo_optimum = self._initial_optimum(self._spo_rows)
+            self._spo_floor = self._initial_floor(self._spo_rows)
+        if config.is_reference_free:
+            self._release_reference()
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        given = super()._bind(args, kwargs)
+        config = given["args"]
+        config.validate_spo()
+        if config.is_reference_free and not config.precompute_ref_log_probs:
+            # The floor and the metrics take the reference's values from before training, and no model stays for them.
+            # On a copy: the user's may be used again, with another loss.
+            given["args"] = copy.copy(config)
+            given["args"].precompute_ref_log_probs = True
+        return given
+
+    def _release_reference(self) -> None:
+        """The reference has done its work before training."""
+        self.ref_model = None
 
     # ---- Checks ----
 
@@ -232,19 +283,15 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
 
     # ---- The floor of the SFT dataset: the initial model's values, once ----
 
-    def _initial_optimum(self, rows: SFTRows) -> Tensor:
+    def _initial_floor(self, rows: SFTRows) -> _Floor:
         """
-        nll* of every SFT row under the model as it was handed in, (rows,), nats per token; from disk where a run in
-        this folder has computed it for these weights and rows.
+        nll* of every SFT row under the model as it was handed in; from disk where a run in this folder has computed it
+        for the same model and rows.
         """
-        key = f"{FullWeights(self.model).fingerprint()} {rows.fingerprint}"
-        path = self._output_dir / _FOLDER / _OPTIMUM_FILE
-        found = _read_optimum(path)
-        here = found is not None and found[0] == key
-        # All have looked before anyone writes.
-        self.accelerator.wait_for_everyone()
-        if here and found is not None:
-            return found[1]
+        key = f"{self._fingerprint_of_model()} {rows.fingerprint}"
+        found = self._from_main(lambda: _Floor.read(self._floor_path(self._output_dir)))
+        if found is not None and found.key == key and len(found.nll) == len(rows):
+            return found
         size = self.args.per_device_eval_batch_size
         batches = [list(range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
         mine = range(self.accelerator.process_index, len(batches), self.accelerator.num_processes)
@@ -254,30 +301,58 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
             desc="The SFT rows' likelihood under the initial model",
             disable=self.args.disable_tqdm or not self.is_world_process_zero(),
         )
-        training = self.model.training
-        self.model.eval()
-        try:
+        with self._without_dropout():
             for number in bar:
                 with torch.no_grad(), self.accelerator.autocast():
                     batch = self._on_device(rows.batch(batches[number]))
                     log_probs, tokens = self._sft_log_probs(self.model, batch)
                 values.append((number, objective.nll_per_token(log_probs, tokens).float().tolist()))
-        finally:
-            self.model.train(training)
         if self.accelerator.num_processes > 1:
             values = gather_object(values)
-        optimum = torch.tensor([value for _, part in sorted(values) for value in part])
-        if self.args.should_save:
-            self._write_optimum(path, key, optimum)
-        return optimum
+        floor = _Floor(key, torch.tensor([value for _, part in sorted(values) for value in part]))
+        self._write_floor(floor)
+        return floor
 
-    def _write_optimum(self, path: Path, key: str, optimum: Tensor) -> None:
-        partial = path.with_name(f"{durable.PARTIAL_PREFIX}{path.name}")
-        with self._state_errors():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"nll": optimum}, partial, metadata={"key": key})
-            durable.sync(partial)
-            partial.replace(path)
+    def _fingerprint_of_model(self) -> str:
+        """A hash of everything that the likelihood of a row depends on: weights, architecture, adapters, precision."""
+        model = self.accelerator.unwrap_model(self.model)
+        adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
+        rest = {
+            "config": model.config.to_dict(),
+            "adapters": adapters,
+            "active": str(getattr(model, "active_adapter", None)),
+            "precision": str(self.accelerator.mixed_precision),
+        }
+        # Sets have another order in every process.
+        text = json.dumps(
+            rest, sort_keys=True, default=lambda v: sorted(map(str, v)) if isinstance(v, set) else str(v)
+        )
+        return f"{FullWeights(self.model).fingerprint()}-{xxhash.xxh3_128_hexdigest(text.encode())}"
+
+    @contextlib.contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+    def _from_main(self, read: Callable[[], _Floor | None]) -> _Floor | None:
+        """What the main process reads, on all of them: their disks need not show the same."""
+        found = [read() if self.is_world_process_zero() else None]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        return found[0]
+
+    @staticmethod
+    def _floor_path(folder: Path) -> Path:
+        return folder / _FOLDER / _OPTIMUM_FILE
+
+    def _write_floor(self, floor: _Floor) -> None:
+        if self.args.should_save:
+            with self._state_errors():
+                floor.write(self._floor_path(self._output_dir))
 
     def _folders_to_sweep(self) -> list[Path]:
         return [*super()._folders_to_sweep(), self._output_dir / _FOLDER]
@@ -297,7 +372,7 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
             return
         if before is None:
             self._say(
-                f"{checkpoint.name} was written without an SFT dataset; this one's floor is the initial model's."
+                f"{checkpoint.name} was written without an SFT dataset: its floor is that of the model handed in now."
             )
             return
         if before != self._spo_rows.fingerprint:
@@ -305,22 +380,43 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
                 "`sft_dataset` does not hold the rows of the run that is resumed: pass those, or begin anew in "
                 "another `output_dir`."
             )
-        found = _read_optimum(checkpoint / _FOLDER / _OPTIMUM_FILE)
-        if found is not None and self._spo_optimum is not None and not torch.equal(found[1], self._spo_optimum):
+        if self._spo_floor is None:
+            return
+        found = self._from_main(lambda: _Floor.read(self._floor_path(checkpoint)))
+        if found is None or len(found.nll) != len(self._spo_rows):
+            raise ConfigurationError(
+                f"{checkpoint.name} does not hold the floor of its SFT dataset (was it written with a number as "
+                "`sft_optimum`?), and the model handed in now need not be the one that the run began with: give that "
+                "number again, or begin anew in another `output_dir`."
+            )
+        if found.key != self._spo_floor.key:
             # The model that a run goes on with need not be the one it began with, but the floor is that one's.
             self._say("The floor of the SFT dataset is that of the run's initial model, from the checkpoint.")
-            self._spo_optimum = found[1]
-            if self.args.should_save:
-                self._write_optimum(self._output_dir / _FOLDER / _OPTIMUM_FILE, *found)
+        self._spo_floor = found
+        self._write_floor(found)
 
     def _complete_checkpoint(self, staged: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         content, known = super()._complete_checkpoint(staged)
         if self._spo_rows is not None:
             content["sft_rows"] = self._spo_rows.fingerprint
-        path = self._output_dir / _FOLDER / _OPTIMUM_FILE
-        if self._spo_optimum is not None and path.is_file():
-            durable.link_tree(path.parent, staged / _FOLDER)
+        if self._spo_floor is not None:
+            self._spo_floor.write(self._floor_path(staged))
         return content, known
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        # Elsewhere the parent's way is kept, to the bit; here there is no parent, and a floor must not scatter.
+        with self._without_dropout() if self.args.is_reference_free else contextlib.nullcontext():
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The parent's `evaluate`; a loss without a reference evaluates sets that it was given with the trainer."""
+        new = eval_dataset is not None and not isinstance(eval_dataset, str)
+        if new and self.args.is_reference_free and self.ref_model is None and self.state.global_step > 0:
+            raise ConfigurationError(
+                f"`loss_type={self.args.loss_type}` keeps no reference model, so the reference's values of another "
+                "`eval_dataset` cannot be had once training has begun: pass it when the trainer is made."
+            )
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     # ---- The loss ----
 
@@ -432,14 +528,15 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
 
     def _sft_reference(self, indices: list[int], tokens: Tensor) -> Tensor | None:
         """Log-probabilities of SFT rows under the initial model, (N,), or None where the floor is a number."""
-        if self._spo_optimum is None:
+        if self._spo_floor is None:
             return None
-        return -self._spo_optimum[indices].to(tokens.device) * tokens
+        return -self._spo_floor.nll[indices].to(tokens.device) * tokens
 
     def _sft_indices(self, position: int, training: bool) -> list[int]:
         """The SFT rows beside micro-batch `position` of this process: a function of the step, the same in any life."""
         assert self._spo_rows is not None
-        size = self.args.sft_batch_size or self.args.per_device_train_batch_size
+        # The state's where it is settled: `auto_find_batch_size` may have lowered it.
+        size = self.args.sft_batch_size or self.state.train_batch_size or self.args.per_device_train_batch_size
         processes, process = self.accelerator.num_processes, self.accelerator.process_index
         if not training:
             # In order from the first row on, so that evaluations see the same rows.
@@ -705,15 +802,3 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
     def _sums(self, log_probs: Tensor, tokens: Tensor, reference: Tensor | None) -> Tensor:
         optimum_sum = self.args.optimum * tokens.sum() if reference is None else -reference.sum()
         return torch.stack([-log_probs.sum().double(), optimum_sum.double(), tokens.sum().double()])
-
-
-def _read_optimum(path: Path) -> tuple[str, Tensor] | None:
-    """The key and values of a file that [`SPOTrainer`] wrote, or None if there is none that can be read."""
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            return str((file.metadata() or {}).get("key")), file.get_tensor("nll")
-    except Exception as error:
-        logger.warning(f"{path.name} cannot be read and is made anew ({type(error).__name__}).")
-        return None
