@@ -1,14 +1,15 @@
 """
-What a training step of APOTrainer costs, against DPOTrainer on the same batches.
+What a training step of APOTrainer or SPOTrainer costs, against DPOTrainer on the same batches.
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python recipes/benchmarks/step_cost.py
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python recipes/benchmarks/step_cost.py --methods spo spo-sft
     python recipes/benchmarks/step_cost.py --memory
 
-Time: three whole trainers, two DPOTrainers and one APOTrainer, run in one process and take turns, one step each in a
-drawn order; a turn lasts from one step's beginning to the next one's, with whatever the loop, callbacks and loggers
-do. The ratio is taken turn by turn, and that of the two DPOTrainers to each other is the yardstick: what the machine
-calls equal. Without the two allocator settings (they keep glibc from handing memory back after every step) the noise
-is about three times as large.
+Time: whole trainers, two DPOTrainers and those of `--methods`, run in one process and take turns, one step each in a
+drawn order (each takes about 3 GB); a turn lasts from one step's beginning to the next one's, with whatever the loop,
+callbacks and loggers do. The ratio is taken turn by turn, and that of the two DPOTrainers to each other is the
+yardstick: what the machine calls equal. Without the two allocator settings (they keep glibc from handing memory back
+after every step) the noise is about three times as large.
 
 Memory: each configuration in a process of its own, without those settings, six steps; APOTrainer's are three rounds of
 two, with both boundaries inside. What is compared is the highest resident size (on a GPU also its own peak).
@@ -42,7 +43,7 @@ import transformers
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from trl_extras import APOConfig, APOTrainer
+from trl_extras import APOConfig, APOTrainer, SPOConfig, SPOTrainer
 
 
 datasets.disable_progress_bars()
@@ -50,6 +51,20 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+
+
+# What stands beside DPOTrainer: settings of SPOConfig, and whether there are SFT rows, as many as pairs in a batch.
+SPO: dict[str, tuple[dict[str, Any], bool]] = {
+    "spo": ({}, False),
+    "spo-sft": ({}, True),
+    "spo-unrolled": ({"bilevel_solver": "unrolled", "inner_learning_rate": 1e-6}, False),
+    "spo-central": (
+        {"bilevel_solver": "unrolled", "inner_learning_rate": 1e-6, "hypergradient": "central_difference"},
+        False,
+    ),
+    "spo-simpo": ({"loss_type": "simpo", "beta": 2.0}, False),
+}
+METHODS = ("apo", *SPO)
 
 
 class Turns:
@@ -92,21 +107,36 @@ class Turn(TrainerCallback):
 def make_trainer(name: str, folder: Path, options: argparse.Namespace, steps: int, **kwargs: Any) -> Any:
     tokenizer = common.make_tokenizer()
     rounds = kwargs.pop("num_rounds", 2)
-    own = {"precompute_ref_log_probs": options.precompute, **kwargs}
+    own = {
+        "precompute_ref_log_probs": options.precompute,
+        "gradient_checkpointing": options.gradient_checkpointing,
+        **kwargs,
+    }
     settings = common.arguments(folder / name, options.batch_size, **own)
-    if name.startswith("apo"):
+    rows = steps * options.batch_size
+    method = name.removesuffix("-precomputed")
+    more: dict[str, Any] = {}
+    if method == "apo":
         config: Any = APOConfig(**settings, num_rounds=rounds, round_data="split")
-        rows = steps * options.batch_size * rounds
+        rows *= rounds
+    elif method in SPO:
+        own, has_rows = SPO[method]
+        config = SPOConfig(**{**settings, **own}, num_train_epochs=1)
+        if has_rows:
+            pairs = common.make_pairs(64, options.tokens, seed=1)
+            more["sft_dataset"] = pairs.rename_column("chosen", "completion").remove_columns("rejected")
     else:
         config = DPOConfig(**settings, num_train_epochs=1)
-        rows = steps * options.batch_size
-    return (APOTrainer if name.startswith("apo") else DPOTrainer)(
+    loads = method == "apo" or config.precompute_ref_log_probs
+    trainer: Any = {"apo": APOTrainer, **dict.fromkeys(SPO, SPOTrainer)}.get(method, DPOTrainer)
+    return trainer(
         model=common.make_model(),
         # Upstream would load a reference from the model's path; it has none.
-        ref_model=None if name.startswith("apo") or options.precompute else common.make_model(),
+        ref_model=None if loads else common.make_model(),
         args=config,
         train_dataset=common.make_pairs(rows, options.tokens),
         processing_class=tokenizer,
+        **more,
     )
 
 
@@ -116,7 +146,7 @@ def measure_time(options: argparse.Namespace) -> None:
         print(
             f"Set {' '.join(missing)} in front of the command: without them the noise is about three times as large."
         )
-    names = ["dpo", "dpo again", "apo"]
+    names = ["dpo", "dpo again", *options.methods]
     turns = Turns(names, options.warmup + options.pairs, options.seed)
     steps = options.warmup + options.pairs + 3
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
@@ -135,18 +165,20 @@ def measure_time(options: argparse.Namespace) -> None:
         f"\n{common.machine()}; {options.batch_size} pairs of {options.tokens} tokens a step, {len(rows)} turns each\n"
     )
     print("| | ratio, median (middle half) |\n|---|---|")
-    print(f"| DPOTrainer against itself (the yardstick) | {common.spread([b / a for a, b, _ in rows])} |")
-    print(f"| APOTrainer against DPOTrainer | {common.spread([c / a for a, _, c in rows])} |")
-    print(f"| APOTrainer against the second DPOTrainer | {common.spread([c / b for _, b, c in rows])} |")
+    print(f"| DPOTrainer against itself (the yardstick) | {common.spread([row[1] / row[0] for row in rows])} |")
+    for number, name in enumerate(options.methods, start=2):
+        print(f"| {name} against DPOTrainer | {common.spread([row[number] / row[0] for row in rows])} |")
+        print(f"| {name} against the second DPOTrainer | {common.spread([row[number] / row[1] for row in rows])} |")
 
 
 def measure_memory(options: argparse.Namespace) -> None:
     environment = {key: value for key, value in os.environ.items() if key not in ALLOCATOR}
     peaks: dict[str, list[float]] = {}
-    names = ["dpo", "apo", "dpo-precomputed", "apo-precomputed"]
+    names = [f"{name}{suffix}" for suffix in ("", "-precomputed") for name in ("dpo", *options.methods)]
     for repeat in range(options.repeats):
         for name in names:
             command = [sys.executable, __file__, "--child", name, "--batch-size", str(options.batch_size)]
+            command += ["--gradient-checkpointing"] * options.gradient_checkpointing
             command += ["--tokens", str(options.tokens), "--dir", options.dir or tempfile.gettempdir()]
             output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
             peak = json.loads(output.splitlines()[-1])["peak_gb"]
@@ -154,18 +186,21 @@ def measure_memory(options: argparse.Namespace) -> None:
             print(f"{repeat + 1}: {name} {peak:.3f} GB", flush=True)
     print("\n| | peak, GB, each run | ratio of the medians |\n|---|---|---|")
     for suffix in ("", "-precomputed"):
-        stock, ours = sorted(peaks[f"dpo{suffix}"]), sorted(peaks[f"apo{suffix}"])
+        stock = sorted(peaks[f"dpo{suffix}"])
         middle = len(stock) // 2
         what = ", reference log-probs computed ahead" if suffix else ""
-        print(f"| DPOTrainer{what} | {', '.join(f'{p:.2f}' for p in stock)} | 1 |")
-        print(f"| APOTrainer{what} | {', '.join(f'{p:.2f}' for p in ours)} | {ours[middle] / stock[middle]:.3f} |")
+        for name in ("dpo", *options.methods):
+            ours = sorted(peaks[f"{name}{suffix}"])
+            each = ", ".join(f"{peak:.2f}" for peak in ours)
+            print(f"| {name}{what} | {each} | {ours[middle] / stock[middle]:.3f} |")
 
 
 def memory_child(options: argparse.Namespace) -> None:
     name = options.child
     options.precompute = name.endswith("precomputed")
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
-        trainer = make_trainer(name, Path(folder), options, 2 if name.startswith("apo") else 6, num_rounds=3)
+        rounds = {"num_rounds": 3} if name.startswith("apo") else {}
+        trainer = make_trainer(name, Path(folder), options, 2 if rounds else 6, **rounds)
         trainer.train()
         trainer.save_model()
         assert trainer.state.global_step == 6
@@ -183,6 +218,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--precompute", action="store_true", help="reference log-probabilities computed ahead")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["apo"], help="what stands beside DPOTrainer")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each configuration, with --memory")
     parser.add_argument("--seed", type=int, default=0)
