@@ -2,6 +2,7 @@
 Whether *accelerated* preference optimization saves rounds of sampling, against iterative DPO at its own best.
 
     python recipes/benchmarks/acceleration.py --out DIR --workers 2 --resume
+    python recipes/benchmarks/acceleration.py --out DIR --workers 2 --resume --floor
     python recipes/benchmarks/acceleration.py --quick
 
 Needs `vaderSentiment`, and matplotlib for the plot. The task is `sentiment_task.py`'s. In the exact setting momentum
@@ -10,6 +11,10 @@ So every method is tuned over the same grid of these three, on seeds of their ow
 within a budget: distinct bigrams and the loss on unseen human text may move only so far from the start. What is
 chosen so is run again on fresh seeds. Every finished run is a line of DIR/runs.jsonl; `--resume` goes on from there,
 `--report` only writes the tables and the plot from it.
+
+`--floor` asks something else: what the floor of Stable Preference Optimization changes in the rounds (APO x SPO). One
+setting for all, nothing tuned: each alpha on the fresh seeds without a floor and with one under the chosen responses
+and under human text, which is neither in the prompts nor in the unseen text that is measured.
 """
 
 from __future__ import annotations
@@ -76,8 +81,41 @@ LEVELS = {"the budget": (0.05, 0.1), "a wide budget": (0.2,)}
 # Where along the path methods are compared: loss on unseen text above the start's.
 AT_LOSS = 0.05
 
+# With `--floor`: what lies above a floor ("none": plain APO), by method, in the order in which it is run.
+FLOORED = [
+    ("iterative DPO", "none"),
+    ("iterative DPO", "both"),
+    ("APO 0.6", "none"),
+    ("APO 0.6", "both"),
+    ("APO 0.6", "chosen"),
+    ("APO 0.9", "none"),
+    ("APO 0.9", "both"),
+]
+FLOOR_SETTING, FLOOR_ROUNDS = GRID[0], 4
+# Human snippets under the floor: as many as four rounds draw.
+FLOOR_TEXTS = 512
+# Gains that with and without a floor are compared at.
+FLOOR_GAINS = (0.2, 0.4, 0.6)
+# The same for the loss above the start's.
+FLOOR_LOSSES = (AT_LOSS, 2 * AT_LOSS)
+
 
 # ---- One run, in a worker ----
+
+
+def separate_text(job: dict[str, Any], without: set[str]) -> list[dict[str, str]]:
+    """Snippets outside pretraining and the unseen text, of which none begins with a prompt of `without`."""
+    import sentiment_task
+
+    texts = sentiment_task.snippets(sentiment_task.fetch(Path(job["cache"])))
+    parts = sentiment_task.split(texts, job["model_seed"], job["pretraining"])
+    known = {*parts["pretraining"], *parts["unseen"]}
+    left = [
+        text
+        for _, text in texts
+        if text not in known and " ".join(text.split()[: sentiment_task.PROMPT_WORDS]) not in without
+    ]
+    return [{"text": text} for text in random.Random(job["seed"]).sample(left, min(job["floor_texts"], len(left)))]
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +127,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, PrinterCallback
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-    from trl_extras import APOConfig, APOTrainer
+    from trl_extras import APOConfig, APOSPOConfig, APOSPOTrainer, APOTrainer
 
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
@@ -112,6 +150,14 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     # More than are wanted: some stand in for prompts whose completions are all judged alike.
     prompts = task.prompts[: job["prompts"] * 2 * job["rounds"]]
     alpha, momentum_from = TRAINED[job["method"]]
+    config_class: type[APOConfig] = APOConfig
+    trainer_class: type[APOTrainer] = APOTrainer
+    more: dict[str, Any] = {}
+    if job["floor"] in ("chosen", "both"):
+        # Its defaults: the floor of the chosen responses, of the separate text where there is one, each with lambda 1.
+        config_class, trainer_class = APOSPOConfig, APOSPOTrainer
+    if job["floor"] == "both":
+        more["sft_dataset"] = datasets.Dataset.from_list(separate_text(job, {*prompts, *task.held_out}))
     with tempfile.TemporaryDirectory() as out:
         # All runs of a seed begin with the same policy and prompts: what it samples in the first round is sampled
         # once, and the trainer finds it as it finds its own after an interruption.
@@ -119,9 +165,9 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         rollouts = Path(out) / "_rounds" / "rollouts" / "round-0000"
         if shared.exists():
             shutil.copytree(shared, rollouts)
-        trainer = APOTrainer(
+        trainer = trainer_class(
             model=task.model,
-            args=APOConfig(
+            args=config_class(
                 output_dir=out,
                 num_rounds=job["rounds"],
                 extrapolation_alpha=[alpha],
@@ -155,6 +201,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
             train_dataset=sentiment_task.as_prompts(prompts),
             reward_funcs=vader,
             processing_class=task.tokenizer,
+            **more,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -186,7 +233,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         for summary, before, last in zip(trainer.round_summaries, iterates, iterates[1:], strict=False):
             point = measure(last)
             point |= {name: summary[name] for name in ("tokens", "prompts", "pairs", "ties")}
-            if alpha == 0:
+            if alpha == 0 and job["floor"] is None:
                 for name, step in EXPO.items():
                     point[name] = measure({key: last[key] + step * (last[key] - before[key]) for key in last})
             found.append(point)
@@ -218,6 +265,7 @@ def key(job: dict[str, Any]) -> tuple[Any, ...]:
         "prompts",
         "pretraining",
         "pretraining_epochs",
+        "floor",
     )
     return tuple(job.get(name) for name in names)
 
@@ -240,7 +288,9 @@ class Campaign:
         fresh = self.options.fresh_seeds
         return fresh[0] if self.options.one_fresh_model and seed in fresh else seed
 
-    def job(self, method: str | None, setting: tuple[float, float, int], seed: int, rounds: int) -> dict[str, Any]:
+    def job(
+        self, method: str | None, setting: tuple[float, float, int], seed: int, rounds: int, floor: str | None = None
+    ) -> dict[str, Any]:
         rate, beta, epochs = setting
         return {
             "method": method,
@@ -255,6 +305,9 @@ class Campaign:
             "prompts": self.options.prompts,
             "pretraining": self.options.pretraining,
             "pretraining_epochs": self.options.pretraining_epochs,
+            # None: a run of the campaign without floors.
+            "floor": floor,
+            "floor_texts": self.options.floor_texts,
             "cache": str(self.options.cache),
         }
 
@@ -290,6 +343,7 @@ class Campaign:
             each = (time.monotonic() - begun) / done
             remaining = min(each * (len(left) - done), until - (time.monotonic() - self.begun) + each)
             setting = f"{run['method']}, {run['rate']:g}, {run['beta']:g}, {run['epochs']}, seed {run['seed']}"
+            setting += f", floor: {run['floor']}" if run["floor"] else ""
             print(
                 f"{what}: {done} of {len(left)} ({setting}), {run['seconds']:.0f} s, about "
                 f"{max(remaining, 0) / 60:.0f} min left",
@@ -300,10 +354,12 @@ class Campaign:
 
     # ---- Reading the runs ----
 
-    def points(self, method: str, setting: tuple[float, float, int], seed: int, rounds: int) -> list[dict] | None:
+    def points(
+        self, method: str, setting: tuple[float, float, int], seed: int, rounds: int, floor: str | None = None
+    ) -> list[dict] | None:
         """After each round: reward, loss above the start's, share of the start's distinct bigrams, tokens so far."""
         trained = method if method in TRAINED else "iterative DPO"
-        run = self.runs.get(key(self.job(trained, setting, seed, rounds)))
+        run = self.runs.get(key(self.job(trained, setting, seed, rounds, floor)))
         if run is None:
             return None
         points, tokens = [], 0
@@ -325,6 +381,12 @@ class Campaign:
     def curves(self, method: str, setting: tuple[float, float, int], seeds: Sequence[int], rounds: int) -> list[list]:
         found = [self.points(method, setting, seed, rounds) for seed in seeds]
         return [points for points in found if points is not None]
+
+    def floored(self, method: str, floor: str) -> dict[int, list[dict]]:
+        """What `points` has of the runs with `--floor` that there are, by seed."""
+        rounds = self.options.floor_rounds
+        found = {s: self.points(method, FLOOR_SETTING, s, rounds, floor) for s in self.options.fresh_seeds}
+        return {seed: points for seed, points in found.items() if points is not None}
 
     def grid(self) -> list[tuple[float, float, int]]:
         """The settings that every method has been tried with on every tuning seed: the same ones for each."""
@@ -399,13 +461,13 @@ def reaches(curve: Sequence[dict[str, float]], level: float, budget: str) -> int
     return next((i for i, p in enumerate(curve, start=1) if p["gain"] >= level and within(p, budget)), None)
 
 
-def at_loss(curve: Sequence[dict[str, float]], loss: float) -> dict[str, float] | None:
-    """Gain, bigrams and number of rounds where the loss is first so far above the start's, on straight lines."""
+def along(curve: Sequence[dict[str, float]], what: str, level: float) -> dict[str, float] | None:
+    """Gain, bigrams, loss and number of rounds where `what` of them is first at `level`, on straight lines."""
     before = {"gain": 0.0, "bigrams": 1.0, "loss": 0.0}
     for number, point in enumerate(curve):
-        if point["loss"] >= loss:
-            share = (loss - before["loss"]) / (point["loss"] - before["loss"])
-            found = {name: before[name] + share * (point[name] - before[name]) for name in ("gain", "bigrams")}
+        if point[what] >= level:
+            share = (level - before[what]) / (point[what] - before[what])
+            found = {name: before[name] + share * (point[name] - before[name]) for name in ("gain", "bigrams", "loss")}
             return {**found, "rounds": number + share}
         before = point
     return None
@@ -538,7 +600,7 @@ def path_table(campaign: Campaign) -> list[str]:
             ("fresh", options.fresh_seeds, options.fresh_rounds),
         ):
             curves = campaign.curves(method, setting, seeds, rounds)
-            points = [point for curve in curves if (point := at_loss(curve, AT_LOSS)) is not None]
+            points = [point for curve in curves if (point := along(curve, "loss", AT_LOSS)) is not None]
             if not curves:
                 continue
             cells = [method, named(setting), f"{label}, {len(points)} of {len(curves)}"]
@@ -549,37 +611,165 @@ def path_table(campaign: Campaign) -> list[str]:
     return lines
 
 
+def floor_report(campaign: Campaign) -> str:
+    options = campaign.options
+    lines = [
+        f"Learning rate, beta, epochs a round: {named(FLOOR_SETTING)}. Mean (least to greatest) of the seeds "
+        f"{', '.join(map(str, options.fresh_seeds))}.",
+        "",
+        "### After each round",
+        "",
+        "| method | floor | seeds | round | reward | gain | bigrams | loss above start | cut |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (method, floor), number in itertools.product(FLOORED, range(options.floor_rounds)):
+        points = [curve[number] for curve in campaign.floored(method, floor).values()]
+        if points:
+            cells = [method, floor, str(len(points)), str(number + 1)]
+            cells += [spread([point[name] for point in points]) for name in ("reward", "gain", "bigrams")]
+            cells += [spread([point["loss"] for point in points], 3), spread([point["cut"] for point in points])]
+            lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "### At equal reward, on straight lines between rounds", ""]
+    lines += [
+        "Without and with the floor, of the seeds that get there both ways; the ratio is that of the means.",
+        "",
+        "| method | floor | gain | seeds | loss above start | | ratio | less in | rounds | | later | bigrams | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    above = [(method, floor) for method, floor in FLOORED if floor != "none"]
+    for (method, floor), gain in itertools.product(above, FLOOR_GAINS):
+        cells, sides = both_ways(campaign, method, floor, "gain", gain)
+        if sides:
+            loss, rounds = sides["loss"], sides["rounds"]
+            cells += [*(spread(side, 3) for side in loss)]
+            cells += [f"{statistics.fmean(loss[1]) / statistics.fmean(loss[0]):.2f}"]
+            cells += [f"{sum(b < a for a, b in zip(*loss, strict=True))} of {len(loss[0])}"]
+            cells += [*(spread(side, 1) for side in rounds)]
+            cells += [spread([b - a for a, b in zip(*rounds, strict=True)], 1)]
+            cells += [spread(side) for side in sides["bigrams"]]
+        lines.append("| " + " | ".join(cells + [""] * (13 - len(cells))) + " |")
+    lines += ["", "### At equal loss, on straight lines between rounds", ""]
+    lines += [
+        "| method | floor | loss above start | seeds | gain | | more in | rounds | |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (method, floor), level in itertools.product(above, FLOOR_LOSSES):
+        cells, sides = both_ways(campaign, method, floor, "loss", level)
+        if sides:
+            cells += [*(spread(side) for side in sides["gain"])]
+            cells += [f"{sum(b > a for a, b in zip(*sides['gain'], strict=True))} of {len(sides['gain'][0])}"]
+            cells += [*(spread(side, 1) for side in sides["rounds"])]
+        lines.append("| " + " | ".join(cells + [""] * (9 - len(cells))) + " |")
+    return "\n".join(lines)
+
+
+def both_ways(
+    campaign: Campaign, method: str, floor: str, what: str, level: float
+) -> tuple[list[str], dict[str, list[list[float]]]]:
+    """The first cells of a row; and `along` without and with the floor, of the seeds that get there both ways."""
+    bare, kept = campaign.floored(method, "none"), campaign.floored(method, floor)
+    seeds = [seed for seed in bare if seed in kept]
+    places = [(along(bare[seed], what, level), along(kept[seed], what, level)) for seed in seeds]
+    both = [(without, above) for without, above in places if without is not None and above is not None]
+    sides = (
+        {name: [[point[name] for point in side] for side in zip(*both, strict=True)] for name in both[0][0]}
+        if both
+        else {}
+    )
+    return [method, floor, f"{level:g}", f"{len(both)} of {len(seeds)}"], sides
+
+
 def plot(campaign: Campaign, path: Path) -> None:
     """Reward over the loss on unseen text and over distinct bigrams, after every round, fresh seeds."""
+    options = campaign.options
+    colours = {method: f"C{number}" for number, method in enumerate(METHODS)}
+    curves = [
+        (curve, {"color": colours[method]})
+        for method, setting in itertools.product(METHODS, options.grid)
+        for curve in campaign.curves(method, setting, options.fresh_seeds, options.fresh_rounds)
+    ]
+    draw(curves, {method: {"color": colour} for method, colour in colours.items()}, 0.25, path)
+
+
+def floor_plot(campaign: Campaign, path: Path) -> None:
+    """The same with and without a floor."""
+    colours = {method: f"C{number}" for number, method in enumerate(dict.fromkeys(m for m, _ in FLOORED))}
+    names = {"none": "", "both": " + floor", "chosen": " + floor, chosen only"}
+    lines = {"none": "--", "both": "-", "chosen": ":"}
+    styles = {(method, floor): {"color": colours[method], "linestyle": lines[floor]} for method, floor in FLOORED}
+    curves = [(curve, styles[what]) for what in FLOORED for curve in campaign.floored(*what).values()]
+    most = max((point["loss"] for curve, _ in curves for point in curve), default=0.25)
+    draw(curves, {method + names[floor]: style for (method, floor), style in styles.items()}, 1.05 * most, path)
+
+
+def draw(
+    curves: Sequence[tuple[list[dict], dict[str, str]]], legend: dict[str, dict[str, str]], most: float, path: Path
+) -> None:
+    """Every curve in its style, to a loss of `most` above the start's; dotted: the budgets."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    options = campaign.options
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
-    colours = dict(zip(METHODS, pyplot.get_cmap("tab10").colors, strict=False))
-    for method, setting in itertools.product(METHODS, options.grid):
-        for curve in campaign.curves(method, setting, options.fresh_seeds, options.fresh_rounds):
-            style = {"color": colours[method], "marker": "o", "markersize": 2.5, "linewidth": 0.6, "alpha": 0.7}
-            rewards = [point["gain"] for point in curve]
-            axes[0].plot([point["loss"] for point in curve], rewards, **style)
-            axes[1].plot([point["bigrams"] for point in curve], rewards, **style)
-    for method, colour in colours.items():
-        axes[0].plot([], [], color=colour, marker="o", markersize=3, label=method)
+    for curve, style in curves:
+        rewards = [point["gain"] for point in curve]
+        for axis, name in zip(axes, ("loss", "bigrams"), strict=True):
+            values = [point[name] for point in curve]
+            axis.plot(values, rewards, marker="o", markersize=2.5, linewidth=0.6, alpha=0.7, **style)
+    for label, style in legend.items():
+        axes[0].plot([], [], marker="o", markersize=3, label=label, **style)
     for least_bigrams, most_loss in BUDGETS.values():
         axes[0].axvline(most_loss, color="grey", linestyle=":", linewidth=0.8)
         axes[1].axvline(least_bigrams, color="grey", linestyle=":", linewidth=0.8)
     axes[0].set(
         xlabel="loss on unseen text above the start's, nats a token",
         ylabel="held-out reward above the start's",
-        xlim=(-0.01, 0.25),
+        xlim=(-0.01, most),
     )
     axes[1].set(xlabel="share of the start's distinct bigrams")
     axes[1].invert_xaxis()
     axes[0].legend(fontsize=7, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
+
+
+def tune(campaign: Campaign) -> None:
+    """Every method over the grid on the tuning seeds, and what is chosen so on the fresh ones."""
+    options = campaign.options
+    seconds = options.minutes * 60
+    tuning_seconds = seconds * 0.6 if options.tuning_minutes is None else options.tuning_minutes * 60
+    pretrained = {seed: campaign.job(None, (0, 0, 0), seed, 0) for seed in options.seeds}
+    campaign.run([pretrained[seed] for seed in options.tuning_seeds], "Pretraining", seconds)
+    tuning = [
+        campaign.job(method, setting, seed, options.tuning_rounds)
+        for setting, method, seed in itertools.product(options.grid, TRAINED, options.tuning_seeds)
+    ]
+    # The fresh seeds' models are made meanwhile.
+    models = dict.fromkeys(campaign.model_seed(seed) for seed in options.fresh_seeds)
+    campaign.run([pretrained[seed] for seed in models] + tuning, "Tuning", tuning_seconds)
+    chosen = campaign.chosen()
+    fresh = [
+        campaign.job(method if method in TRAINED else "iterative DPO", setting, seed, options.fresh_rounds)
+        for rank in range(max(map(len, chosen.values()), default=0))
+        for seed in options.fresh_seeds
+        for method, settings in chosen.items()
+        for setting in settings[rank : rank + 1]
+    ]
+    campaign.run(list({key(job): job for job in fresh}.values()), "Fresh seeds", seconds)
+
+
+def compare_floors(campaign: Campaign) -> None:
+    """Every alpha with and without a floor, on the fresh seeds."""
+    options = campaign.options
+    seconds = options.minutes * 60
+    models = dict.fromkeys(campaign.model_seed(seed) for seed in options.fresh_seeds)
+    campaign.run([campaign.job(None, (0, 0, 0), seed, 0) for seed in models], "Pretraining", seconds)
+    jobs = [
+        campaign.job(method, FLOOR_SETTING, seed, options.floor_rounds, floor)
+        for (method, floor), seed in itertools.product(FLOORED, options.fresh_seeds)
+    ]
+    campaign.run(jobs, "Floors", seconds)
 
 
 def main() -> None:
@@ -589,9 +779,12 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the runs that --out holds")
     parser.add_argument("--report", action="store_true", help="run nothing, write the tables and the plot")
     parser.add_argument("--quick", action="store_true", help="about a minute: whether it works, no result")
+    parser.add_argument(
+        "--floor", action="store_true", help="instead of all this: rounds with and without SPO's floor"
+    )
     parser.add_argument("--minutes", type=float, default=60, help="no run begins later")
     parser.add_argument("--tuning-minutes", type=float, help="no tuning run begins later; by default 0.6 of --minutes")
-    parser.add_argument("--plot", type=Path, help="the plot's file; by default acceleration.png in --out")
+    parser.add_argument("--plot", type=Path, help="the plot's file; by default in --out")
     parser.add_argument("--prompts", type=int, default=128, help="pairs a round")
     parser.add_argument(
         "--one-fresh-model", action="store_true", help="pretrain once for all fresh seeds instead of once for each"
@@ -602,11 +795,13 @@ def main() -> None:
     options.tuning_rounds = options.fresh_rounds = 3
     options.pretraining, options.pretraining_epochs = 20_000, 1
     options.held_out, options.unseen = 300, 400
+    options.floor_rounds, options.floor_texts = FLOOR_ROUNDS, FLOOR_TEXTS
     if options.quick:
         options.grid, options.tuning_seeds, options.fresh_seeds = GRID[:1], (0,), (1,)
         options.tuning_rounds = options.fresh_rounds = 2
         options.prompts, options.pretraining, options.pretraining_epochs = 16, 1_000, 1
         options.held_out, options.unseen = 40, 40
+        options.floor_rounds, options.floor_texts = 2, 32
         options.out = options.out or Path(tempfile.mkdtemp())
     options.seeds = (*options.tuning_seeds, *options.fresh_seeds)
     if options.out is None:
@@ -620,30 +815,14 @@ def main() -> None:
     os.environ["PYTHONWARNINGS"] = "ignore"
     campaign = Campaign(options)
     if not options.report:
-        seconds = options.minutes * 60
-        tuning_seconds = seconds * 0.6 if options.tuning_minutes is None else options.tuning_minutes * 60
-        pretrained = {seed: campaign.job(None, (0, 0, 0), seed, 0) for seed in options.seeds}
-        campaign.run([pretrained[seed] for seed in options.tuning_seeds], "Pretraining", seconds)
-        tuning = [
-            campaign.job(method, setting, seed, options.tuning_rounds)
-            for setting, method, seed in itertools.product(options.grid, TRAINED, options.tuning_seeds)
-        ]
-        # The fresh seeds' models are made meanwhile.
-        models = dict.fromkeys(campaign.model_seed(seed) for seed in options.fresh_seeds)
-        campaign.run([pretrained[seed] for seed in models] + tuning, "Tuning", tuning_seconds)
-        chosen = campaign.chosen()
-        fresh = [
-            campaign.job(method if method in TRAINED else "iterative DPO", setting, seed, options.fresh_rounds)
-            for rank in range(max(map(len, chosen.values()), default=0))
-            for seed in options.fresh_seeds
-            for method, settings in chosen.items()
-            for setting in settings[rank : rank + 1]
-        ]
-        campaign.run(list({key(job): job for job in fresh}.values()), "Fresh seeds", seconds)
-    text = report(campaign)
-    (options.out / "report.md").write_text(text + "\n", encoding="utf-8")
+        (compare_floors if options.floor else tune)(campaign)
+    if options.floor:
+        name, text, draw_plot = "floor", floor_report(campaign), floor_plot
+    else:
+        name, text, draw_plot = "report", report(campaign), plot
+    (options.out / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}")
-    plot(campaign, options.plot or options.out / "acceleration.png")
+    draw_plot(campaign, options.plot or options.out / f"acceleration{'_floor' * options.floor}.png")
 
 
 if __name__ == "__main__":
