@@ -15,30 +15,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-import xxhash
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 from trl import DPOTrainer
 
 from ..errors import ConfigurationError
-from ..rounds import durable
 from ..rounds.saving import WholeCheckpoints, asked_for
-from ..rounds.state import FullWeights
 from . import inner, losses, objective
 from .config import OWN_LOSSES, SPOConfig
+from .floor import Floor, model_fingerprint
 from .sft_data import IGNORED, SFTRows, load_rows, processing_class_of
 
 
@@ -67,36 +61,6 @@ class _Forward:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
-
-
-@dataclass
-class _Floor:
-    """
-    nll* of every SFT row, (rows,), nats per token, and a key that says of which rows under which model.
-    """
-
-    key: str
-    nll: Tensor
-
-    @classmethod
-    def read(cls, path: Path) -> _Floor | None:
-        """From a file that [`write`] wrote, or None if there is none that can be read."""
-        if not path.is_file():
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                return cls(str((file.metadata() or {}).get("key")), file.get_tensor("nll"))
-        except Exception as error:
-            logger.warning(f"{path.name} cannot be read ({type(error).__name__}).")
-            return None
-
-    def write(self, path: Path) -> None:
-        """Whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{durable.PARTIAL_PREFIX}{path.name}")
-        save_file({"nll": self.nll}, partial, metadata={"key": self.key})
-        durable.sync(partial)
-        partial.replace(path)
 
 
 class _Window:
@@ -174,7 +138,7 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
         self._spo_eval_batches = 0
         self._spo_warned = False
         self._spo_rows: SFTRows | None = None
-        self._spo_floor: _Floor | None = None
+        self._spo_floor: Floor | None = None
         # None where the rows are no named dataset's.
         self.sft_dataset_name: str | None = config.sft_dataset_name if sft_dataset is None else None
         rows = load_rows(sft_dataset, config)
@@ -283,13 +247,14 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
 
     # ---- The floor of the SFT dataset: the initial model's values, once ----
 
-    def _initial_floor(self, rows: SFTRows) -> _Floor:
+    def _initial_floor(self, rows: SFTRows) -> Floor:
         """
         nll* of every SFT row under the model as it was handed in; from disk where a run in this folder has computed it
         for the same model and rows.
         """
-        key = f"{self._fingerprint_of_model()} {rows.fingerprint}"
-        found = self._from_main(lambda: _Floor.read(self._floor_path(self._output_dir)))
+        model = self.accelerator.unwrap_model(self.model)
+        key = f"{model_fingerprint(model, str(self.accelerator.mixed_precision))} {rows.fingerprint}"
+        found = self._from_main(lambda: Floor.read(self._floor_path(self._output_dir)))
         if found is not None and found.key == key and len(found.nll) == len(rows):
             return found
         size = self.args.per_device_eval_batch_size
@@ -309,25 +274,9 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
                 values.append((number, objective.nll_per_token(log_probs, tokens).float().tolist()))
         if self.accelerator.num_processes > 1:
             values = gather_object(values)
-        floor = _Floor(key, torch.tensor([value for _, part in sorted(values) for value in part]))
+        floor = Floor(key, torch.tensor([value for _, part in sorted(values) for value in part]))
         self._write_floor(floor)
         return floor
-
-    def _fingerprint_of_model(self) -> str:
-        """A hash of everything that the likelihood of a row depends on: weights, architecture, adapters, precision."""
-        model = self.accelerator.unwrap_model(self.model)
-        adapters = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
-        rest = {
-            "config": model.config.to_dict(),
-            "adapters": adapters,
-            "active": str(getattr(model, "active_adapter", None)),
-            "precision": str(self.accelerator.mixed_precision),
-        }
-        # Sets have another order in every process.
-        text = json.dumps(
-            rest, sort_keys=True, default=lambda v: sorted(map(str, v)) if isinstance(v, set) else str(v)
-        )
-        return f"{FullWeights(self.model).fingerprint()}-{xxhash.xxh3_128_hexdigest(text.encode())}"
 
     @contextlib.contextmanager
     def _without_dropout(self) -> Iterator[None]:
@@ -338,7 +287,7 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
         finally:
             self.model.train(training)
 
-    def _from_main(self, read: Callable[[], _Floor | None]) -> _Floor | None:
+    def _from_main(self, read: Callable[[], Floor | None]) -> Floor | None:
         """What the main process reads, on all of them: their disks need not show the same."""
         found = [read() if self.is_world_process_zero() else None]
         if self.accelerator.num_processes > 1:
@@ -349,7 +298,7 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
     def _floor_path(folder: Path) -> Path:
         return folder / _FOLDER / _OPTIMUM_FILE
 
-    def _write_floor(self, floor: _Floor) -> None:
+    def _write_floor(self, floor: Floor) -> None:
         if self.args.should_save:
             with self._state_errors():
                 floor.write(self._floor_path(self._output_dir))
@@ -382,7 +331,7 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
             )
         if self._spo_floor is None:
             return
-        found = self._from_main(lambda: _Floor.read(self._floor_path(checkpoint)))
+        found = self._from_main(lambda: Floor.read(self._floor_path(checkpoint)))
         if found is None or len(found.nll) != len(self._spo_rows):
             raise ConfigurationError(
                 f"{checkpoint.name} does not hold the floor of its SFT dataset (was it written with a number as "
