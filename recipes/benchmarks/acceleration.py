@@ -14,7 +14,8 @@ chosen so is run again on fresh seeds. Every finished run is a line of DIR/runs.
 
 `--floor` asks something else: what the floor of Stable Preference Optimization changes in the rounds (APO x SPO). One
 setting for all, nothing tuned: each alpha on the fresh seeds without a floor and with one under the chosen responses
-and under human text, which is neither in the prompts nor in the unseen text that is measured.
+and under separate human text, which is neither in the prompts nor in the unseen text that is measured; and with one
+under either of the two.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ FLOORED = [
     ("APO 0.6", "chosen"),
     ("APO 0.9", "none"),
     ("APO 0.9", "both"),
+    ("APO 0.6", "separate"),
 ]
 FLOOR_SETTING, FLOOR_ROUNDS = GRID[0], 4
 # Human snippets under the floor: as many as four rounds draw.
@@ -152,11 +154,13 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     alpha, momentum_from = TRAINED[job["method"]]
     config_class: type[APOConfig] = APOConfig
     trainer_class: type[APOTrainer] = APOTrainer
+    settings: dict[str, Any] = {}
     more: dict[str, Any] = {}
-    if job["floor"] in ("chosen", "both"):
-        # Its defaults: the floor of the chosen responses, of the separate text where there is one, each with lambda 1.
+    if job["floor"] not in (None, "none"):
+        # Whatever is not said here is its default: lambda 1, a hinge for each example.
         config_class, trainer_class = APOSPOConfig, APOSPOTrainer
-    if job["floor"] == "both":
+        settings["lower_level"] = {"separate": "sft_dataset"}.get(job["floor"], job["floor"])
+    if job["floor"] in ("separate", "both"):
         more["sft_dataset"] = datasets.Dataset.from_list(separate_text(job, {*prompts, *task.held_out}))
     with tempfile.TemporaryDirectory() as out:
         # All runs of a seed begin with the same policy and prompts: what it samples in the first round is sampled
@@ -197,6 +201,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
                 report_to="none",
                 logging_steps=1000,
                 disable_tqdm=True,
+                **settings,
             ),
             train_dataset=sentiment_task.as_prompts(prompts),
             reward_funcs=vader,
@@ -694,10 +699,10 @@ def plot(campaign: Campaign, path: Path) -> None:
 def floor_plot(campaign: Campaign, path: Path) -> None:
     """The same with and without a floor."""
     colours = {method: f"C{number}" for number, method in enumerate(dict.fromkeys(m for m, _ in FLOORED))}
-    names = {"none": "", "both": " + floor", "chosen": " + floor, chosen only"}
-    lines = {"none": "--", "both": "-", "chosen": ":"}
-    styles = {(method, floor): {"color": colours[method], "linestyle": lines[floor]} for method, floor in FLOORED}
-    curves = [(curve, styles[what]) for what in FLOORED for curve in campaign.floored(*what).values()]
+    names = {"none": "", "both": " + floor"}
+    lines = {"none": "--", "both": "-"}
+    styles = {(m, floor): {"color": colours[m], "linestyle": lines[floor]} for m, floor in FLOORED if floor in lines}
+    curves = [(curve, styles[what]) for what in styles for curve in campaign.floored(*what).values()]
     most = max((point["loss"] for curve, _ in curves for point in curve), default=0.25)
     draw(curves, {method + names[floor]: style for (method, floor), style in styles.items()}, 1.05 * most, path)
 
