@@ -346,6 +346,12 @@ def test_an_adapter_moves_alone(make_spo: Any) -> None:
         ({"sft_batch_size": 2}, r"`sft_batch_size` is 2, but there is no SFT dataset"),
         ({"sft_dataset": "empty"}, r"`sft_dataset` is empty"),
         ({"sft_dataset": "masked"}, r"none of its 2 rows has a token to learn"),
+        ({"sft_dataset": "hole"}, r"`sft_dataset` has no 'text' in row 1: leave such rows out"),
+        (
+            {"sft_dataset": "chat", "no_template": True},
+            r"`sft_dataset` has conversations in 'messages', but the token",
+        ),
+        ({"data": "rows"}, r"`train_dataset` has the columns \['completion', 'prompt'\], but wants preference pairs"),
         ({"sft_dataset": "pairs"}, r"these look like preference pairs|These look like preference pairs"),
         ({"sft_dataset_name": "/nowhere/at/all"}, r"`sft_dataset_name` \('/nowhere/at/all'\), split 'train', cannot"),
         ({"bilevel_solver": "unrolled", "deepspeed_env": True}, r"`bilevel_solver='unrolled'` .* DeepSpeed"),
@@ -365,13 +371,20 @@ def test_refused(make_spo: Any, monkeypatch: Any, tmp_path: Path, setting: dict[
         "empty": tiny.make_sft_rows().select([]),
         "masked": datasets.Dataset.from_dict({"input_ids": [[5, 6], [7]], "labels": [[-100, -100], [7]]}),
         "pairs": tiny.make_pairs(3),
+        "hole": datasets.Dataset.from_dict({"text": ["w1 w2", None]}),
+        "chat": datasets.Dataset.from_dict({"messages": [[{"role": "user", "content": "w1"}]]}),
     }
     pairs = tiny.make_pairs(4)
     data = {
         "stream": pairs.to_iterable_dataset(),
+        "rows": tiny.make_sft_rows(),
         "images": pairs.add_column("images", [["x"]] * 4),
     }
     setting = dict(setting)
+    if setting.pop("no_template", False):
+        tokenizer = tiny.make_tokenizer()
+        tokenizer.chat_template = None
+        monkeypatch.setattr(tiny, "make_tokenizer", lambda: tokenizer)
     for name in ("deepspeed", "fsdp"):
         if setting.pop(f"{name}_env", False):
             # As after `accelerate launch` with such a configuration.

