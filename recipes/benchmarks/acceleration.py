@@ -93,7 +93,6 @@ FLOORED = [
     ("APO 0.9", "both"),
     ("APO 0.6", "separate"),
     ("iterative DPO", "separate"),
-    ("APO 0.9", "separate"),
 ]
 FLOOR_SETTING, FLOOR_ROUNDS = GRID[0], 4
 # Human snippets under the floor: as many as four rounds draw.
