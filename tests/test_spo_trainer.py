@@ -458,7 +458,7 @@ def test_floors_over_rounds(make_spo: Any, base: Path, loss_type: str, solver: d
     assert gap_sft[0] < 1e-3
 
 
-def test_apo_spo_on_prompts(make_spo: Any, tmp_path: Path) -> None:
+def test_apo_spo_on_prompts(make_spo: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def reward(completions: list[str], **kwargs: Any) -> list[float]:
         return [float(len(set(text.split()))) for text in completions]
 
@@ -470,6 +470,7 @@ def test_apo_spo_on_prompts(make_spo: Any, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "out/rounds.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(rows) == 2
     assert all("spo/gap_sft" in row["train"] and row["pairs"] for row in rows)
+    assert "Chosen responses that the policy has sampled have a floor too" in capsys.readouterr().out
 
 
 def test_manifests_name_no_folder_of_this_machine(make_spo: Any, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ dataset stays what the initial model gave it, so that it cannot sink from round 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ..apo.trainer import APOTrainer
@@ -28,6 +29,15 @@ class APOSPOTrainer(APOTrainer, SPOTrainer):
         **APOTrainer._paper,
         "citation": f"{APOTrainer._paper['citation']}\n\n{SPOTrainer._paper['citation']}",
     }
+
+    def _begin(self, checkpoint: Path | None) -> None:
+        super()._begin(checkpoint)
+        if self._makes_rows and "chosen" in self._spo_sources and self.args.sft_coef > 0:
+            # docs/acceleration.md, "With a floor".
+            self._say(
+                "Chosen responses that the policy has sampled have a floor too, which did more harm than good where "
+                "it was measured: `lower_level='sft_dataset'` leaves the floor to the SFT dataset."
+            )
 
     def _release_reference(self) -> None:
         """Later rounds' references are computed with it where the user passed one."""
