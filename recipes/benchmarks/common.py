@@ -30,10 +30,10 @@ SHAPE = {
 }
 
 
-def make_model(seed: int = 0) -> LlamaForCausalLM:
-    """134.5 million parameters in float32."""
+def make_model(seed: int = 0, layers: int = 30) -> LlamaForCausalLM:
+    """134.5 million parameters in float32, or fewer with fewer layers."""
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE))
+    return LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": layers}))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -130,9 +130,9 @@ def make_trainer(name: str, folder: Path, options: argparse.Namespace, steps: in
     loads = method == "apo" or config.precompute_ref_log_probs
     trainer: Any = {"apo": APOTrainer, **dict.fromkeys(SPO, SPOTrainer)}.get(method, DPOTrainer)
     return trainer(
-        model=common.make_model(),
+        model=common.make_model(layers=options.layers),
         # Upstream would load a reference from the model's path; it has none.
-        ref_model=None if loads else common.make_model(),
+        ref_model=None if loads else common.make_model(layers=options.layers),
         args=config,
         train_dataset=common.make_pairs(rows, options.tokens),
         processing_class=tokenizer,
@@ -162,7 +162,8 @@ def measure_time(options: argparse.Namespace) -> None:
     seconds = {name: values[options.warmup :] for name, values in turns.seconds.items()}
     rows = list(zip(*(seconds[name] for name in names), strict=True))
     print(
-        f"\n{common.machine()}; {options.batch_size} pairs of {options.tokens} tokens a step, {len(rows)} turns each\n"
+        f"\n{common.machine()}; {options.layers} layers, {options.batch_size} pairs of {options.tokens} tokens, "
+        f"{len(rows)} turns each\n"
     )
     print("| | ratio, median (middle half) |\n|---|---|")
     print(f"| DPOTrainer against itself (the yardstick) | {common.spread([row[1] / row[0] for row in rows])} |")
@@ -178,6 +179,7 @@ def measure_memory(options: argparse.Namespace) -> None:
     for repeat in range(options.repeats):
         for name in names:
             command = [sys.executable, __file__, "--child", name, "--batch-size", str(options.batch_size)]
+            command += ["--layers", str(options.layers)]
             command += ["--gradient-checkpointing"] * options.gradient_checkpointing
             command += ["--tokens", str(options.tokens), "--dir", options.dir or tempfile.gettempdir()]
             output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -219,6 +221,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--precompute", action="store_true", help="reference log-probabilities computed ahead")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["apo"], help="what stands beside DPOTrainer")
+    parser.add_argument("--layers", type=int, default=30, help="of the model; fewer for a quicker look")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--repeats", type=int, default=3, help="processes of each configuration, with --memory")
