@@ -288,6 +288,19 @@ def test_an_error_between_two_micro_batches_brings_the_weights_back(make_spo: An
     assert torch.equal(weights_of(trainer), before)
 
 
+def test_a_window_that_is_left_half_done_brings_the_weights_back(make_spo: Any) -> None:
+    trainer = make_spo(bilevel_solver="unrolled", inner_learning_rate=0.1, gradient_accumulation_steps=2)
+    trainer.create_optimizer_and_scheduler(num_training_steps=2)
+    trainer.current_gradient_accumulation_steps = 2
+    before = weights_of(trainer)
+    batches = [trainer.data_collator([trainer.train_dataset[i]]) for i in range(3)]
+    trainer.get_batch_samples(iter(batches[:2]), 2, trainer.args.device)
+    trainer.training_step(trainer.model, batches[0])
+    assert not torch.equal(weights_of(trainer), before)
+    trainer.training_step(trainer.model, batches[2])
+    assert torch.equal(weights_of(trainer), before)
+
+
 def test_the_share_is_that_of_the_windows_means(make_spo: Any) -> None:
     """The parts of one hinge over several micro-batches may be negative; their mean is not."""
     trainer = make_spo(

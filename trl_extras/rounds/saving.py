@@ -184,6 +184,16 @@ class WholeCheckpoints(_Parent):
         """Where a killed run may have left files under temporary names."""
         return [self._output_dir]
 
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """The model in evaluation mode, without dropout, and as it was afterwards."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
     # ---- Guards ----
 
     def _where(self, round_index: int | None = None, ahead: int = 0) -> str:

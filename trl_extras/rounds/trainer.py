@@ -716,15 +716,6 @@ class RoundsTrainer(WholeCheckpoints):
     def _round_seed(self, round_index: int) -> int:
         return (self.args.seed + 1_000_003 * (round_index + 1)) % 2**31
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        training = self.model.training
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.train(training)
-
     def _write_weights(self, round_index: int, folder: RoundFolder, previous: RoundFolder) -> None:
         """Make thetahat_t durable, step to theta_t, make that durable too; or find that both are there already."""
         assert self._weights is not None

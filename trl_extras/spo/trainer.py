@@ -273,7 +273,7 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
             desc="The SFT rows' likelihood under the initial model",
             disable=self.args.disable_tqdm or not self.is_world_process_zero(),
         )
-        with self._without_dropout():
+        with self._evaluating():
             for number in bar:
                 with torch.no_grad(), self.accelerator.autocast():
                     batch = self._on_device(rows.batch(batches[number]))
@@ -284,15 +284,6 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
         floor = Floor(key, torch.tensor([value for _, part in sorted(values) for value in part]))
         self._write_floor(floor)
         return floor
-
-    @contextlib.contextmanager
-    def _without_dropout(self) -> Iterator[None]:
-        training = self.model.training
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.train(training)
 
     def _from_main(self, read: Callable[[], Floor | None]) -> Floor | None:
         """What the main process reads, on all of them: their disks need not show the same."""
@@ -361,7 +352,7 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         # Elsewhere the parent's way is kept, to the bit; here there is no parent, and a floor must not scatter.
-        with self._without_dropout() if self.args.is_reference_free else contextlib.nullcontext():
+        with self._evaluating() if self.args.is_reference_free else contextlib.nullcontext():
             return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -575,6 +566,7 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         samples, items = super().get_batch_samples(*args, **kwargs)
+        self._leave_window()
         self._spo_window = _Window(samples)
         return samples, items
 
@@ -589,6 +581,7 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
         window = self._spo_window
         if window is None or window.position >= len(window.batches) or window.batches[window.position] is not inputs:
             # Called by hand.
+            self._leave_window()
             window = self._spo_window = _Window([inputs])
         try:
             if window.position == 0:
