@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from ..errors import ConfigurationError
-from ..rollouts.trainer import RolloutsTrainer, is_prompts
+from ..rollouts.trainer import RolloutsTrainer
 from ..rounds import durable
 from ..rounds.state import ROUNDS_DIR, FullWeights, RoundFolder
 from ..rounds.trainer import rows_fingerprint
@@ -250,7 +250,7 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
     # ---- Reference log-probabilities computed ahead ----
 
     def _precompute_ref_logps(self, dataset: datasets.Dataset, name: str, batch_size: int) -> datasets.Dataset:
-        if is_prompts(dataset) and dataset is not self.train_dataset:
+        if self._is_prompts(dataset) and dataset is not self.train_dataset:
             return dataset
         # The parent does this for the whole training set while it is made; a round needs its own rows, later.
         if self._multi_round and self._round < 0 and dataset is self.train_dataset:
@@ -266,10 +266,10 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
             reference: hash of the reference's weights.
         """
         evaluation = self._eval_without_logps
-        if not isinstance(evaluation, dict) and is_prompts(evaluation):
+        if not isinstance(evaluation, dict) and self._is_prompts(evaluation):
             evaluation = None
         named = evaluation if isinstance(evaluation, dict) else ({} if evaluation is None else {"eval": evaluation})
-        named = {name: dataset for name, dataset in named.items() if not is_prompts(dataset)}
+        named = {name: dataset for name, dataset in named.items() if not self._is_prompts(dataset)}
         complete = {}
         for name, dataset in {"train": rows, **{f"eval {name}": dataset for name, dataset in named.items()}}.items():
             # The name says whose numbers for which rows: a file of other rows or another reference is never taken.

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..errors import ConfigurationError
-from ..rounds.config import as_list
+from ..rounds.config import as_list, set_number
 
 
 # The word that stands for a labeller elsewhere.
@@ -103,16 +102,6 @@ class SamplingConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigurationError(f"`{name}` is {value!r}, but wants {wants}.")
 
-        def number(name: str, valid: Callable[[float], bool], wants: str) -> None:
-            value = getattr(self, name)
-            try:
-                right = not isinstance(value, bool) and math.isfinite(float(value)) and valid(float(value))
-            except (TypeError, ValueError):
-                right = False
-            if not right:
-                raise ConfigurationError(f"`{name}` is {value!r}, but wants {wants}.")
-            setattr(self, name, float(value))
-
         whole(
             "num_generations",
             least_generations,
@@ -122,11 +111,11 @@ class SamplingConfig:
             whole("prompts_per_round", 1, "a whole number of at least 1, or nothing for all prompts of the round")
         whole("max_completion_length", 1, "a whole number of at least 1")
         whole("top_k", 0, "a whole number of at least 0; 0 is off")
-        number("temperature", lambda t: t > 0, "a finite number above 0 (the paper: 0.7)")
-        number("top_p", lambda p: 0 < p <= 1, "a number above 0 and at most 1; 1 is off")
-        number("repetition_penalty", lambda p: p > 0, "a finite number above 0; 1 is off")
+        set_number(self, "temperature", lambda t: t > 0, "a finite number above 0")
+        set_number(self, "top_p", lambda p: 0 < p <= 1, "a number above 0 and at most 1; 1 is off")
+        set_number(self, "repetition_penalty", lambda p: p > 0, "a finite number above 0; 1 is off")
         if self.min_p is not None:
-            number("min_p", lambda p: 0 <= p <= 1, "a number from 0 to 1, or nothing")
+            set_number(self, "min_p", lambda p: 0 <= p <= 1, "a number from 0 to 1, or nothing")
         if self.generation_batch_size is not None:
             size, each = self.generation_batch_size, max(self.num_generations, 1)
             whole("generation_batch_size", 1, "a whole number of at least 1")

@@ -12,6 +12,7 @@ import math
 import re
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ class _Task:
     judge: Rewards | Ranker | str | None
     purpose: str
     where: str
+    # Of a round that is trained on, not of a measurement.
+    for_training: bool = False
 
 
 class RolloutsTrainer(RoundsTrainer):
@@ -77,6 +80,9 @@ class RolloutsTrainer(RoundsTrainer):
         reward_processing_classes: as for [`~trl.GRPOTrainer`].
         ranker: instead of rewards, a function that orders a prompt's completions ([`Ranker`]), or `"external"`.
     """
+
+    # Whether a round may begin with other weights than the last one ended with.
+    _extrapolates = True
 
     def __init__(
         self,
@@ -130,26 +136,13 @@ class RolloutsTrainer(RoundsTrainer):
             if ranker is not None and value is not None:
                 raise ConfigurationError(f"`{name}` is given, but a ranker gives no rewards: leave one out.")
         train, named = given.get("train_dataset"), _named(given.get("eval_dataset"))
-        self._makes_rows = is_prompts(train)
-        evaluated = [name for name, dataset in named.items() if is_prompts(dataset)]
+        self._makes_rows = self._rows_are_made(train)
+        evaluated = [name for name, dataset in named.items() if self._is_prompts(dataset)]
         self._evaluates_prompts = bool(evaluated)
-        if not self._makes_rows and not evaluated:
-            for name, value in (("reward_funcs", reward_funcs), ("ranker", ranker)):
-                if value is not None:
-                    raise ConfigurationError(
-                        f"`{name}` is given, but `train_dataset` holds preference pairs, which need no judge: leave "
-                        "it "
-                        "away, or pass prompts alone (a column `prompt` without `chosen` and `rejected`)."
-                    )
-            return
         if self._makes_rows:
             self._check_single_round(config)
-        what = "`train_dataset`" if self._makes_rows else "`eval_dataset`"
-        if reward_funcs is None and ranker is None:
-            raise ConfigurationError(
-                f"{what} holds prompts alone, so completions are sampled, but nothing judges them: give "
-                "`reward_funcs` or `ranker`."
-            )
+        if not self._judge_is_needed(given, config, bool(evaluated), reward_funcs, ranker):
+            return
         self._check_prompts(train, named, config)
         if evaluated and len(evaluated) == len(named):
             self._check_best_metric(config)
@@ -167,6 +160,42 @@ class RolloutsTrainer(RoundsTrainer):
                 "`save_only_model=True` leaves nothing to go on from, but `ranker='external'` stops the run in every "
                 "round: leave one out."
             )
+
+    def _is_prompts(self, dataset: Any) -> bool:
+        """Whether completions of a dataset's rows have to be sampled; a method's own."""
+        return is_prompts(dataset)
+
+    def _rows_are_made(self, train: Any) -> bool:
+        """Whether each round makes its rows itself."""
+        return self._is_prompts(train)
+
+    def _judge_is_needed(
+        self, given: dict[str, Any], config: Any, evaluates: bool, reward_funcs: Any, ranker: Any
+    ) -> bool:
+        """
+        Whether the run asks a judge anything.
+
+        Args:
+            evaluates: some evaluation set is one of prompts.
+            reward_funcs, ranker: what is given, by either way.
+
+        Raises:
+            ValueError: it does and there is none, or there is one for nothing.
+        """
+        if not self._makes_rows and not evaluates:
+            for name, value in (("reward_funcs", reward_funcs), ("ranker", ranker)):
+                if value is not None:
+                    raise ConfigurationError(
+                        f"`{name}` is given, but `train_dataset` holds preference pairs, which need no judge: leave "
+                        "it away, or pass prompts alone (a column `prompt` without `chosen` and `rejected`)."
+                    )
+            return False
+        if reward_funcs is None and ranker is None:
+            raise ConfigurationError(
+                f"`{'train' if self._makes_rows else 'eval'}_dataset` holds prompts alone, so completions are "
+                "sampled, but nothing judges them: give `reward_funcs` or `ranker`."
+            )
+        return True
 
     @staticmethod
     def _check_best_metric(config: Any) -> None:
@@ -191,7 +220,7 @@ class RolloutsTrainer(RoundsTrainer):
     def _check_prompts(self, train: Any, named: dict[str, Any], config: Any) -> None:
         sets = {f"eval_dataset {name!r}": dataset for name, dataset in named.items()} | {"train_dataset": train}
         for name, dataset in sets.items():
-            if not is_prompts(dataset):
+            if not self._is_prompts(dataset):
                 continue
             if not isinstance(dataset, datasets.Dataset):
                 if name != "train_dataset":
@@ -244,7 +273,7 @@ class RolloutsTrainer(RoundsTrainer):
     # ---- Prompts ----
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **named: Any) -> Any:
-        if not is_prompts(dataset):
+        if not self._is_prompts(dataset):
             return super()._prepare_dataset(dataset, processing_class, args, *rest, **named)
         # SFTTrainer's method takes more than DPOTrainer's, but the set's name is the last in both.
         return self._prepare_prompts(dataset, processing_class, args, named.get("dataset_name") or rest[-1])
@@ -276,11 +305,7 @@ class RolloutsTrainer(RoundsTrainer):
             fits &= lengths < args.max_length
             cut = int((fits & (lengths + args.max_completion_length > args.max_length)).sum())
             if cut:
-                logger.warning(
-                    f"{cut} of {before} prompts leave less room below `max_length` ({args.max_length}) than "
-                    f"`max_completion_length` ({args.max_completion_length}): their completions may be cut for "
-                    "training."
-                )
+                self._tell_of_little_room(cut, before, args)
         if not fits.all():
             dataset = dataset.select(np.flatnonzero(fits))
             logger.warning(
@@ -292,6 +317,13 @@ class RolloutsTrainer(RoundsTrainer):
                 f"no prompt of the {dataset_name} set can be sampled for: they are empty or too long."
             )
         return dataset
+
+    def _tell_of_little_room(self, cut: int, number: int, args: Any) -> None:
+        """`cut` of `number` prompts leave less room than a completion may take."""
+        logger.warning(
+            f"{cut} of {number} prompts leave less room below `max_length` ({args.max_length}) than "
+            f"`max_completion_length` ({args.max_completion_length}): their completions may be cut for training."
+        )
 
     def _start_run(self, checkpoint: Path | None) -> None:
         super()._start_run(checkpoint)
@@ -319,8 +351,12 @@ class RolloutsTrainer(RoundsTrainer):
             self._compare_judges(manifest.get("judges"))
         elif checkpoint is None:
             # Before the folder is this run's: a start that is refused must not take it from the run that was there.
-            assert self._weights is not None
-            self._round_task(0, self._weights.fingerprint()).store.check()
+            self._check_rollouts()
+
+    def _check_rollouts(self) -> None:
+        """Refuse rollouts on disk that the first round can neither use nor replace."""
+        assert self._weights is not None
+        self._round_task(0, self._weights.fingerprint()).store.check()
 
     def _compare_judges(self, before: dict[str, Any] | None) -> None:
         """A run that goes on has to be judged as it was so far."""
@@ -352,7 +388,7 @@ class RolloutsTrainer(RoundsTrainer):
         if self.args.should_save:
             # A longer run of before: its later rounds are not this one's.
             for folder in self._rollouts_dir.glob("*"):
-                numbered = re.fullmatch(r"(?:round|heldout)-(\d{4})(?:-.*)?", folder.name)
+                numbered = re.fullmatch(r"(?:round|heldout|offline)-(\d{4})(?:-.*)?", folder.name)
                 if numbered is None or int(numbered[1]) < self.args.num_rounds:
                     continue
                 if (folder / LABELS).exists():
@@ -403,14 +439,11 @@ class RolloutsTrainer(RoundsTrainer):
             policy: hash of the weights that it samples from.
         """
         assert self._rows is not None
-        prompts, where = self._prepared_train_dataset, f"Round {round_index + 1}"
-        positions = list(self._folds[round_index % len(self._folds)] if self._folds else range(len(prompts)))
-        # In an order of the round's own: the first of them are sampled for, the others stand in where needed.
-        order = np.random.default_rng(batch_seed(self.args.seed, f"order {round_index}", 0)).permutation(positions)
+        where, order = f"Round {round_index + 1}", self._order_of(round_index)
         belongs_to = {
             "policy": policy,
             "prompts": self._prompts_digest,
-            "order": xxhash.xxh3_64_hexdigest(order.astype("<i8").tobytes()),
+            "order": xxhash.xxh3_64_hexdigest(np.array(order, dtype="<i8").tobytes()),
             "wanted": len(self._rows),
         }
         return _Task(
@@ -422,14 +455,24 @@ class RolloutsTrainer(RoundsTrainer):
                 where,
                 for_training=True,
             ),
-            prompts=prompts,
-            order=[int(position) for position in order],
+            prompts=self._prepared_train_dataset,
+            order=order,
             wanted=len(self._rows),
             num_generations=self.args.num_generations,
             judge=self._judge,
             purpose=f"round {round_index}",
             where=where,
+            for_training=True,
         )
+
+    def _order_of(self, round_index: int) -> list[int]:
+        """
+        The positions of a round's prompts, in an order of the round's own: the first of them are sampled for, the
+        others stand in where needed.
+        """
+        fold = self._folds[round_index % len(self._folds)] if self._folds else range(len(self._prepared_train_dataset))
+        draw = np.random.default_rng(batch_seed(self.args.seed, f"order {round_index}", 0))
+        return [int(position) for position in draw.permutation(list(fold))]
 
     def _store(
         self,
@@ -462,7 +505,7 @@ class RolloutsTrainer(RoundsTrainer):
 
     def _batch_prompts(self, num_generations: int) -> int:
         """Prompts a batch: as many completions at a time, however many each prompt has."""
-        return max(self.args.batch_prompts * self.args.num_generations // num_generations, 1)
+        return max(self.args.batch_prompts * max(self.args.num_generations, 1) // num_generations, 1)
 
     def _sampling_settings(self) -> SamplingSettings:
         args, tokenizer = self.args, self._text_tokenizer()
@@ -487,7 +530,7 @@ class RolloutsTrainer(RoundsTrainer):
         """Sample and judge until there are as many pairs as wanted, or no prompts left. Returns the statistics."""
         store = task.store
         with self._state_errors(max(self._round, 0)):
-            if store.open() and task.wanted is not None:
+            if store.open() and task.for_training:
                 self._say(
                     f"{task.where}: the rollouts on disk were of other weights; they are set aside, and it samples "
                     "again."
@@ -512,7 +555,8 @@ class RolloutsTrainer(RoundsTrainer):
                     task.purpose,
                 )
                 number_of_batches, taken = number_of_batches + len(batches), taken + len(wave)
-                self._sample(task, batches)
+                with self._phase("sample"):
+                    self._sample(task, batches)
                 rows.extend(self._judged(task, batches, wave))
                 pairs = sum(row["chosen"] is not None for row in rows)
                 size = self._replacements(task, pairs, taken)
@@ -650,12 +694,21 @@ class RolloutsTrainer(RoundsTrainer):
         left = [batch for batch in mine if not task.store.has("scores", batch.index)]
         if left:
             begun = time.monotonic()
-            if isinstance(judge, Rewards):
-                with judge.loaded(self.accelerator.device):
+            with self._phase("score"):
+                if isinstance(judge, Rewards):
+                    with self._policy_away(judge), judge.loaded(self.accelerator.device):
+                        self._ask_about(task, mine, left, begun)
+                else:
                     self._ask_about(task, mine, left, begun)
-            else:
-                self._ask_about(task, mine, left, begun)
         self.accelerator.wait_for_everyone()
+
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        """What surrounds a phase of a round (`"sample"`, `"score"`); a method's own."""
+        return nullcontext()
+
+    def _policy_away(self, judge: Rewards) -> AbstractContextManager[None]:
+        """What surrounds the time in which reward models are loaded; a method's own."""
+        return nullcontext()
 
     def _ask_about(self, task: _Task, mine: list[Batch], left: list[Batch], begun: float) -> None:
         with self._progress(sum(len(batch.positions) for batch in mine), f"{task.where}: scoring") as bar:
@@ -787,7 +840,7 @@ class RolloutsTrainer(RoundsTrainer):
 
     def _heldout(self) -> dict[str, Any]:
         """The evaluation sets of prompts, by name."""
-        return {name: dataset for name, dataset in _named(self.eval_dataset).items() if is_prompts(dataset)}
+        return {name: dataset for name, dataset in _named(self.eval_dataset).items() if self._is_prompts(dataset)}
 
     def _heldout_digest(self) -> dict[str, str]:
         return {name: rows_fingerprint(dataset) for name, dataset in self._heldout().items()}
@@ -856,7 +909,8 @@ class RolloutsTrainer(RoundsTrainer):
                 summary["heldout_start"] = manifest.get("heldout_start") if same else None
             with self._own_random_numbers(round_index), self._evaluating():
                 summary["heldout_iterate"] = self._measure("iterate", round_index)
-            summary["heldout_extrapolated"] = None
+            if self._extrapolates:
+                summary["heldout_extrapolated"] = None
 
     def _after_weights(self, round_index: int, folder: RoundFolder) -> None:
         super()._after_weights(round_index, folder)
@@ -864,6 +918,8 @@ class RolloutsTrainer(RoundsTrainer):
             return
         if round_index == 0:
             self._add_to_manifest(folder, heldout_start=self._measure("start", 0), heldout=self._heldout_digest())
+            return
+        if not self._extrapolates:
             return
         self._note_extrapolated(round_index - 1, self._measure_extrapolated(round_index - 1, folder))
         self._add_to_manifest(folder, summaries=self.round_summaries)
@@ -893,14 +949,14 @@ class RolloutsTrainer(RoundsTrainer):
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(given, str):
             given = self.eval_dataset[given]
-        if isinstance(given, dict) and any(is_prompts(dataset) for dataset in given.values()):
+        if isinstance(given, dict) and any(self._is_prompts(dataset) for dataset in given.values()):
             metrics: dict[str, float] = {}
             for name, dataset in given.items():
                 # The parent looks its own sets up by name, prepared as they are.
                 one = name if eval_dataset is None else dataset
                 metrics |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
-        if not is_prompts(given):
+        if not self._is_prompts(given):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.is_in_train and not self._calling_round_end:
             return {}

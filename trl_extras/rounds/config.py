@@ -44,6 +44,23 @@ def as_list(name: str, value: Any, kind: type, check: Callable[[Any], bool], wan
     return result
 
 
+def set_number(config: Any, name: str, valid: Callable[[float], bool], wants: str) -> None:
+    """
+    Read a number field, which may come as text, check it, and set it as a float.
+
+    Raises:
+        ValueError: naming the field, what it got and what it wants.
+    """
+    value = getattr(config, name)
+    try:
+        right = not isinstance(value, bool) and math.isfinite(float(value)) and valid(float(value))
+    except (TypeError, ValueError):
+        right = False
+    if not right:
+        raise ConfigurationError(f"`{name}` is {value!r}, but wants {wants}.")
+    setattr(config, name, float(value))
+
+
 def per_round(name: str, values: Sequence[Any], num_rounds: int) -> list[Any]:
     """
     One value a round from one value or `num_rounds` of them.

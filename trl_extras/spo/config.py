@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 from trl import DPOConfig
 
 from ..errors import ConfigurationError
+from ..rounds.config import set_number
 
 
 SOLVERS = ("penalty", "unrolled", "alternating")
@@ -150,11 +148,11 @@ class SPOConfig(DPOConfig):
             ("dpop_lambda", "50 in its paper"),
         ):
             if getattr(self, name) is not None:
-                self._number(name, lambda value: value >= 0, f"a finite number of at least 0, {meaning}")
-        self._number("simpo_gamma", lambda value: True, "a finite number")
+                set_number(self, name, lambda value: value >= 0, f"a finite number of at least 0, {meaning}")
+        set_number(self, "simpo_gamma", lambda value: True, "a finite number")
         if self.sft_optimum != REFERENCE:
             wants = f"{REFERENCE!r} or a finite number of at least 0, in nats per token"
-            self._number("sft_optimum", lambda value: value >= 0, wants)
+            set_number(self, "sft_optimum", lambda value: value >= 0, wants)
             # As text, like everything that may be a word or a number.
             self.sft_optimum = repr(float(self.sft_optimum))
         for name in ("inner_steps", "sft_batch_size"):
@@ -166,16 +164,6 @@ class SPOConfig(DPOConfig):
         self._check_data()
         self._check_solver()
         self._check_losses()
-
-    def _number(self, name: str, valid: Callable[[float], bool], wants: str) -> None:
-        value: Any = getattr(self, name)
-        try:
-            right = not isinstance(value, bool) and math.isfinite(float(value)) and valid(float(value))
-        except (TypeError, ValueError):
-            right = False
-        if not right:
-            raise ConfigurationError(f"`{name}` is {value!r}, but wants {wants}.")
-        setattr(self, name, float(value))
 
     def _is_set(self, name: str) -> bool:
         """Whether a field has another value than its default."""

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .. import named_data
 from ..errors import ConfigurationError
 from ..rounds.trainer import rows_fingerprint
 
@@ -33,27 +34,9 @@ def load_rows(sft_dataset: Any, config: Any) -> Any:
     Raises:
         ValueError: it is not a dataset of rows that can be kept, saying what is wanted.
     """
-    where = "`sft_dataset`"
-    if sft_dataset is not None and config.sft_dataset_name is not None:
-        logger.warning("`sft_dataset` is given to the trainer and named in its config; the trainer's is used.")
-    elif config.sft_dataset_name is not None:
-        where = f"`sft_dataset_name` ({config.sft_dataset_name!r})"
-        split = config.sft_dataset_split or "train"
-        try:
-            sft_dataset = datasets.load_dataset(config.sft_dataset_name, name=config.sft_dataset_config, split=split)
-        except Exception as error:
-            raise ConfigurationError(f"{where}, split {split!r}, cannot be loaded: {error}") from error
+    sft_dataset, where = named_data.load_rows("sft_dataset", sft_dataset, config, "its rows are drawn by number")
     if sft_dataset is None:
         return None
-    if isinstance(sft_dataset, dict):
-        raise ConfigurationError(f"{where} holds splits ({', '.join(sft_dataset)}): pass one of them.")
-    if not isinstance(sft_dataset, datasets.Dataset):
-        raise ConfigurationError(
-            f"{where} is {type(sft_dataset).__name__}, but wants a `datasets.Dataset`: its rows are drawn by number, "
-            "so it cannot stream."
-        )
-    if len(sft_dataset) == 0:
-        raise ConfigurationError(f"{where} is empty, but wants at least one row.")
     columns = set(sft_dataset.column_names)
     if columns & {"image", "images", "tools"}:
         raise ConfigurationError(

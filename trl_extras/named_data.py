@@ -1,0 +1,51 @@
+"""A dataset that is given to a trainer, or named in its config because a script can pass text only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+from transformers.utils import logging
+
+from .errors import ConfigurationError
+
+
+logger = logging.get_logger(__name__)
+
+
+def load_rows(field: str, given: Any, config: Any, why_kept: str) -> tuple[Any, str]:
+    """
+    The dataset as given to the trainer, or named by the config's fields `{field}_name`, `{field}_config` and
+    `{field}_split`.
+
+    Args:
+        field: the trainer's argument.
+        given: what was passed as that.
+        why_kept: why the rows cannot stream, for the message.
+
+    Returns:
+        The dataset, None if there is none; and what to call it in messages.
+
+    Raises:
+        ValueError: it is not a dataset of rows that can be kept, saying what is wanted.
+    """
+    where, name = f"`{field}`", getattr(config, f"{field}_name")
+    if given is not None and name is not None:
+        logger.warning(f"`{field}` is given to the trainer and named in its config; the trainer's is used.")
+    elif name is not None:
+        where, split = f"`{field}_name` ({name!r})", getattr(config, f"{field}_split") or "train"
+        try:
+            given = datasets.load_dataset(name, name=getattr(config, f"{field}_config"), split=split)
+        except Exception as error:
+            raise ConfigurationError(f"{where}, split {split!r}, cannot be loaded: {error}") from error
+    if given is None:
+        return None, where
+    if isinstance(given, dict):
+        raise ConfigurationError(f"{where} holds splits ({', '.join(given)}): pass one of them.")
+    if not isinstance(given, datasets.Dataset):
+        raise ConfigurationError(
+            f"{where} is {type(given).__name__}, but wants a `datasets.Dataset`: {why_kept}, so it cannot stream."
+        )
+    if len(given) == 0:
+        raise ConfigurationError(f"{where} is empty, but wants at least one row.")
+    return given, where
