@@ -43,7 +43,7 @@ def test_version(capsys):
 
 def test_subcommands_are_the_methods_with_a_script():
     """What the scripts share is none of them."""
-    assert (SCRIPTS / "_preferences.py").is_file()
+    assert (SCRIPTS / "_training.py").is_file()
     assert cli.methods() == METHODS
 
 
@@ -168,7 +168,7 @@ def test_temporary_file_goes_when_launching_fails(launched, tmp_path, monkeypatc
         (["dpo"], "unknown command 'dpo': known are apo, apo_spo, spo, run, extrapolate"),
         (["apoo"], "did you mean apo?"),
         (["apo-spo"], "did you mean apo_spo?"),
-        (["_preferences"], "unknown command '_preferences'"),
+        (["_training"], "unknown command '_training'"),
         (
             ["--vers"],
             "unknown flag '--vers': known are --help, --version (flags cannot be shortened); did you mean --version?",

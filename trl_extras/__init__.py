@@ -1,4 +1,4 @@
-"""Accelerated (APO) and Stable (SPO) Preference Optimization for TRL, as subclasses of TRL's own trainers.
+"""Accelerated (APO) and Stable (SPO) Preference Optimization and Successive Policy Re-weighting (SPR) for TRL.
 
 Importing this package patches nothing and imports neither torch nor trl: public names are loaded when first used.
 """
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .apo_spo import APOSPOConfig, APOSPOTrainer
     from .rounds import RoundDataBuilder
     from .spo import SPOConfig, SPOTrainer
+    from .spr import SPRConfig, SPRTrainer
     from .state_dicts import extrapolate
 
 __version__ = "0.1.0"
@@ -26,6 +27,8 @@ _PUBLIC = {
     "RoundDataBuilder": "trl_extras.rounds",
     "SPOConfig": "trl_extras.spo",
     "SPOTrainer": "trl_extras.spo",
+    "SPRConfig": "trl_extras.spr",
+    "SPRTrainer": "trl_extras.spr",
     "extrapolate": "trl_extras.state_dicts",
 }
 
@@ -37,6 +40,8 @@ __all__ = [
     "RoundDataBuilder",
     "SPOConfig",
     "SPOTrainer",
+    "SPRConfig",
+    "SPRTrainer",
     "__version__",
     "extrapolate",
 ]

@@ -47,7 +47,18 @@ _SAMPLE_COLUMNS = (
     ("reward_mean", "reward of samples"), ("reward_best", "best"), ("reward_worst", "worst"),
     ("share_cut", "share cut"), ("distinct_bigrams", "distinct bigrams"), ("mean_length", "mean length"),
     ("tokens_per_second", "tokens a second"), ("sample_seconds", "sampling, s"), ("score_seconds", "scoring, s"),
-    ("boundary_reference_seconds", "reference, s"), ("train_seconds", "training, s"),
+    ("boundary_reference_seconds", "reference, s"), ("importance_seconds", "importance, s"),
+    ("train_seconds", "training, s"),
+)  # fmt: skip
+# Of weights, where there are any.
+_WEIGHT_COLUMNS = (
+    ("round", "round"), ("groups", "prompts with several responses"), ("equal_groups", "of equal reward"),
+    ("singletons", "prompts with one"), ("effective_sample_size", "effective sample size"),
+    ("singletons_effective", "of those with one"), ("weight_max", "largest weight"), ("online_rows", "sampled rows"),
+    ("offline_rows", "offline rows"), ("offline_weight_share", "offline share of the weight"),
+    ("offline_reward_mean", "reward of offline responses"), ("repeated_rows", "repeated rows"),
+    ("sample_memory_gb", "memory of sampling, GB"), ("score_memory_gb", "of scoring"),
+    ("importance_memory_gb", "of importance"), ("train_memory_gb", "of training"),
 )  # fmt: skip
 _HELDOUT_COLUMNS = (
     ("round", "after round"), ("reward", "held-out reward"), ("distinct_bigrams", "distinct bigrams"),
@@ -114,6 +125,16 @@ _ROUNDS_RESULTS = """\
 Norms are Euclidean, over all trained weights: the update is the round's result minus the policy that it started from,
 the momentum is its result minus the result before, the cosine is that between this update and the one before. Accuracy
 and margin are DPO's implicit rewards against the round's own reference."""
+
+_WEIGHTED_RESULTS = """\
+## Rounds
+
+{table}
+{weights}
+{samples}
+Norms are Euclidean, over all trained weights: the update is the round's result minus the policy that it started from,
+the cosine is that between this update and the one before. The effective sample size is how many equally weighted
+responses of a prompt the weights amount to. Memory is the highest of one process in each phase."""
 
 _FLOOR_RESULTS = """\
 ## What was kept
@@ -197,7 +218,16 @@ def _about(trainer: Any) -> tuple[str, str, str]:
     in_rounds, above_floor = isinstance(trainer.args, RoundsConfig), hasattr(trainer, "_spo_paper")
     name = trainer._paper["title"]
     how, results = [], []
-    if in_rounds:
+    weighted = hasattr(trainer.args, "reward_temperature")
+    if weighted:
+        name = "successive policy re-weighting"
+        how.append(_weighted(trainer))
+        rows = [{**row, "round": row["round"] + 1, "momentum_norm": None} for row in trainer.round_summaries]
+        weights = f"\n{_markdown(_WEIGHT_COLUMNS, rows)}\n" if rows else ""
+        table = round_table([{**row, "momentum_norm": None} for row in trainer.round_summaries])
+        samples = sample_tables(trainer.round_summaries)
+        results.append(_WEIGHTED_RESULTS.format(table=table, weights=weights, samples=samples))
+    elif in_rounds:
         # What tells this method from the others with the same three letters.
         name = "*accelerated* preference optimization"
         how.append(_sampled(trainer) + _rounds(trainer.args))
@@ -214,7 +244,7 @@ def _about(trainer: Any) -> tuple[str, str, str]:
 
 
 def _link(paper: dict[str, str]) -> str:
-    return f"[{paper['title']}](https://arxiv.org/abs/{paper['id']})"
+    return f"[{paper['title']}]({paper.get('url') or 'https://arxiv.org/abs/' + paper['id']})"
 
 
 def _plural(count: float, noun: str) -> str:
@@ -234,6 +264,30 @@ def _rounds(args: Any) -> str:
         f"In {_plural(args.num_rounds, 'round')} of {span} each, the policy is trained against a reference that is "
         "the policy the round started from; after a round the weights are extrapolated, "
         f"`theta = iterate + alpha * (iterate - previous iterate)`. The output is the last iterate, {output}."
+    )
+
+
+def _weighted(trainer: Any) -> str:
+    """Where a run's responses came from, and how they were weighted."""
+    args, offline = trainer.args, trainer._offline
+    sources = []
+    if args.num_generations:
+        sources.append(
+            f"{args.num_generations} responses a prompt, sampled from the policy that the round starts from and "
+            f"judged by {trainer.judged_by}"
+        )
+    if offline is not None:
+        shares = sorted({args.ratio_of(t) for t in range(args.num_rounds)})
+        share = f"{shares[0]:.0%}" if len(shares) == 1 else f"{shares[0]:.0%} to {shares[-1]:.0%}"
+        sources.append(f"{len(offline):,} responses of a dataset ({share} of a round's rows)")
+    clip = "unbounded" if args.clip is None else f"bounded to {args.clip:g} nats around the prompt's median"
+    epochs = sorted(set(args.epochs_of_rounds()))
+    span = _plural(epochs[0], "epoch") if len(epochs) == 1 else f"{epochs[0]:g} to {epochs[-1]:g} epochs"
+    return _paragraph(
+        f"In {_plural(args.num_rounds, 'round')} of {span} each, the policy is fine-tuned on "
+        f"{' and on '.join(sources)}. A response weighs exp(reward / {args.reward_temperature:g}), relative to the "
+        f"others of its prompt, with its log importance ratio {clip}; the loss is that of supervised fine-tuning. "
+        "The paper's abstract was at hand alone; the weights are trl-extras' own derivation."
     )
 
 

@@ -64,6 +64,7 @@ BUILT_IN: dict[str, Method] = {
         "trl_extras.apo_spo:APOSPOTrainer", "trl_extras.apo_spo:APOSPOConfig", "trl:DPOTrainer", "trl:DPOConfig"
     ),
     "spo": Method("trl_extras.spo:SPOTrainer", "trl_extras.spo:SPOConfig", "trl:DPOTrainer", "trl:DPOConfig"),
+    "spr": Method("trl_extras.spr:SPRTrainer", "trl_extras.spr:SPRConfig", "trl:SFTTrainer", "trl:SFTConfig"),
 }
 
 

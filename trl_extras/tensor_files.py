@@ -76,7 +76,9 @@ class WeightsFolder:
         if index.is_file():
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         else:
-            files = ["model.safetensors"]
+            # A model's, or an adapter's.
+            names = ["model.safetensors", "adapter_model.safetensors"]
+            files = [next((name for name in names if (folder / name).is_file()), names[0])]
         self.entries = {name: entry for file in files for name, entry in read_header(folder / file).items()}
         self._buffer = bytearray()
 

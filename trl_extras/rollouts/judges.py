@@ -288,6 +288,11 @@ class Reward:
                 self._identity = _model_identity(self.model_id, self.model)
         return self._identity
 
+    @property
+    def has_model(self) -> bool:
+        """Whether there is a model to bring onto the device."""
+        return self.model_id is not None or self.model is not None
+
     def _check_config(self, field: str, text: str, config: Any) -> None:
         """A model with another head would be given a random one when it is loaded, and score at random."""
         heads = getattr(config, "architectures", None) or []

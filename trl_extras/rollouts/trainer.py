@@ -68,6 +68,8 @@ class _Task:
     where: str
     # Of a round that is trained on, not of a measurement.
     for_training: bool = False
+    # The completions are there already, one a row (`completion`, `completion_ids`): nothing is sampled.
+    given: bool = False
 
 
 class RolloutsTrainer(RoundsTrainer):
@@ -240,7 +242,12 @@ class RolloutsTrainer(RoundsTrainer):
                     f"`{name}` has the column `{sorted(found)[0]}`, but images and tool calls cannot be sampled with "
                     "so far: use text prompts."
                 )
-        if config.max_length is not None and config.max_completion_length >= config.max_length:
+        if (
+            self._makes_rows
+            and config.num_generations > 0
+            and config.max_length is not None
+            and config.max_completion_length >= config.max_length
+        ):
             raise ConfigurationError(
                 f"`max_completion_length` is {config.max_completion_length}, but prompt and completion together are "
                 f"cut at `max_length`, which is {config.max_length}: lower the one or raise the other."
@@ -284,7 +291,11 @@ class RolloutsTrainer(RoundsTrainer):
             return dataset
         for row in dataset.select_columns(["prompt"]):
             _check_prompt(row["prompt"], dataset_name)
+        dataset = self._with_prompt_ids(dataset, processing_class, args, dataset_name)
+        return self._fitting(dataset, args, dataset_name)
 
+    @staticmethod
+    def _with_prompt_ids(dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         def tokenize(example: dict[str, Any], processing_class: Any) -> dict[str, Any]:
             prompt = example["prompt"]
             extra = dict(example.get("chat_template_kwargs") or {})
@@ -292,20 +303,20 @@ class RolloutsTrainer(RoundsTrainer):
                 extra["add_generation_prompt"] = True
             return {"prompt_ids": list(_tokenize(processing_class, prompt, **extra)["input_ids"])}
 
-        before = len(dataset)
-        dataset = dataset.map(
+        return dataset.map(
             tokenize,
             fn_kwargs={"processing_class": processing_class},
             num_proc=args.dataset_num_proc,
             desc=f"Tokenizing {dataset_name} prompts",
         )
+
+    def _fitting(self, dataset: Any, args: Any, dataset_name: str) -> Any:
+        """The prompts that can be sampled for."""
+        before = len(dataset)
         lengths = np.array([len(ids) for ids in dataset["prompt_ids"]])
         fits = lengths > 0
         if args.max_length is not None and dataset_name == "train":
-            fits &= lengths < args.max_length
-            cut = int((fits & (lengths + args.max_completion_length > args.max_length)).sum())
-            if cut:
-                self._tell_of_little_room(cut, before, args)
+            fits &= self._have_room(lengths, args)
         if not fits.all():
             dataset = dataset.select(np.flatnonzero(fits))
             logger.warning(
@@ -318,12 +329,16 @@ class RolloutsTrainer(RoundsTrainer):
             )
         return dataset
 
-    def _tell_of_little_room(self, cut: int, number: int, args: Any) -> None:
-        """`cut` of `number` prompts leave less room than a completion may take."""
-        logger.warning(
-            f"{cut} of {number} prompts leave less room below `max_length` ({args.max_length}) than "
-            f"`max_completion_length` ({args.max_completion_length}): their completions may be cut for training."
-        )
+    def _have_room(self, lengths: Any, args: Any) -> Any:
+        """Which training prompts leave room for a completion below `max_length`, by their numbers of tokens."""
+        fits = lengths < args.max_length
+        cut = int((fits & (lengths + args.max_completion_length > args.max_length)).sum())
+        if cut:
+            logger.warning(
+                f"{cut} of {len(lengths)} prompts leave less room below `max_length` ({args.max_length}) than "
+                f"`max_completion_length` ({args.max_completion_length}): their completions may be cut for training."
+            )
+        return fits
 
     def _start_run(self, checkpoint: Path | None) -> None:
         super()._start_run(checkpoint)
@@ -609,7 +624,10 @@ class RolloutsTrainer(RoundsTrainer):
         """Sample the batches that are not on disk, each process its own."""
         mine = self._mine(batches)
         left = [batch for batch in mine if not task.store.has("samples", batch.index)]
-        if left:
+        if left and task.given:
+            for batch in left:
+                task.store.put("samples", batch.index, self._given_samples(task, batch))
+        elif left:
             tokenizer = self._text_tokenizer()
             model = self.accelerator.unwrap_model(self.model)
             sampler = TransformersSampler(model, self._sampling_settings(), self.accelerator.autocast)
@@ -642,6 +660,28 @@ class RolloutsTrainer(RoundsTrainer):
                     bar.set_postfix_str(f"{tokens / (time.monotonic() - begun):.0f} tokens/s")
                     bar.update(len(batch.positions))
         self.accelerator.wait_for_everyone()
+
+    @staticmethod
+    def _given_samples(task: _Task, batch: Batch) -> list[dict[str, Any]]:
+        """Rows like those of samples, of completions that the task's prompts have beside them."""
+        rows = []
+        for position in batch.positions:
+            row = task.prompts[position]
+            text = row["completion"]
+            rows.append(
+                {
+                    "position": position,
+                    "prompt_ids": list(row["prompt_ids"]),
+                    "completion_ids": [list(row["completion_ids"])],
+                    "completions": [text if isinstance(text, str) else str(text[-1]["content"])],
+                    "logps": [None],
+                    "cut": [False],
+                    "batch": batch.index,
+                    "seed": batch.seed,
+                    "seconds": 0.0,
+                }
+            )
+        return rows
 
     def _judged(self, task: _Task, batches: list[Batch], wave: Sequence[int]) -> list[dict[str, Any]]:
         """The rows of a wave with what was said of them, in the wave's order; the same on every process."""
@@ -728,6 +768,8 @@ class RolloutsTrainer(RoundsTrainer):
             [[{"role": "assistant", "content": text}] if conversational else text for text in row["completions"]]
             for row in samples
         ]
+        if task.given:
+            groups = [[example["completion"]] for example in examples]
         names = [name for name in task.prompts.column_names if name not in _TEXT_COLUMNS]
         if isinstance(task.judge, Ranker):
             columns = {name: [example[name] for example in examples] for name in names}
@@ -1064,7 +1106,9 @@ def _unpacked(scored: dict[str, Any]) -> dict[str, Any]:
 def _line(task: _Task, found: dict[str, Any]) -> str:
     """What a set of rollouts is like, in a line."""
     parts = [
-        f"{found['prompts']} prompts x {task.num_generations} sampled in {found['sample_seconds']:.1f} s "
+        f"{found['samples']} responses scored in {found['score_seconds']:.1f} s"
+        if task.given
+        else f"{found['prompts']} prompts x {task.num_generations} sampled in {found['sample_seconds']:.1f} s "
         f"({found['tokens_per_second']:.0f} tokens/s)"
     ]
     if "reward_mean" in found:

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .. import state_dicts
+from ..errors import ConfigurationError
 from ..tensor_files import WeightsFolder
 from . import durable
 
@@ -227,6 +228,43 @@ class FullWeights(TrainableState):
             "momentum_norm": math.sqrt(momentum if policy != iterate else update),
             "update_cosine": None if before is None else state_dicts.cosine(product, update, previous),
         }
+
+
+class AdapterWeights(FullWeights):
+    """
+    The trained weights of a PeftModel, under the names that peft saves them by; the weights below them never change.
+    For methods that neither move weights between rounds nor keep a reference.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__(model)
+        trained = {p.data_ptr() for p in model.parameters() if p.requires_grad}
+        if trained - {tensor.data_ptr() for _, tensor in self._parameters()}:
+            raise ConfigurationError(
+                "The adapter trains weights that peft does not save with it, so its rounds could not be resumed: list "
+                "them in `modules_to_save`, or freeze them."
+            )
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        from peft import get_peft_model_state_dict
+
+        # Tensors that share their memory with the live ones.
+        yield from get_peft_model_state_dict(self.model, save_embedding_layers=False).items()
+
+    def _trained(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._parameters()
+
+    def save(self, folder: Path, write: bool) -> None:
+        if write:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.model.save_pretrained(folder)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        saved = WeightsFolder(folder)
+        for name, target in self._parameters():
+            for piece, flat in _pieces(target):
+                flat.copy_(saved.piece(name, piece.start, len(flat), target.dtype))
 
 
 @contextmanager

@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import xxhash
+from accelerate.utils import is_peft_model
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.utils import logging
@@ -36,7 +37,7 @@ from . import checkpoints, durable
 from .data import RoundDataBuilder, RoundDataset, group_keys, split_folds
 from .plan import RoundPlan, restarting
 from .saving import NonFiniteError, WholeCheckpoints, asked_for
-from .state import ROUNDS_DIR, STATE_VERSION, FullWeights, RoundFolder, TrainableState
+from .state import ROUNDS_DIR, STATE_VERSION, AdapterWeights, FullWeights, RoundFolder, TrainableState
 
 
 logger = logging.get_logger(__name__)
@@ -99,6 +100,8 @@ class RoundsTrainer(WholeCheckpoints):
     train_dataset: Any
     # Whether a round's rows are made in that round, from its policy; then one round is a run in rounds too.
     _makes_rows = False
+    # Whether the method works on the weights of an adapter as well.
+    _trains_adapters = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         given = self._bind(args, kwargs)
@@ -139,7 +142,7 @@ class RoundsTrainer(WholeCheckpoints):
         if self._multi_round and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ConfigurationError(f"Sharded weights do not work with {self._what_rounds()} so far: use DDP.")
         if self._keeps_rounds:
-            self._weights = FullWeights(self.model)
+            self._weights = AdapterWeights(self.model) if is_peft_model(self.model) else FullWeights(self.model)
             # In front, so that every other callback sees the weights and data of the round that begins.
             self.callback_handler.callbacks.insert(0, _RoundBoundaries(self))
         self._prepared_train_dataset: Any = self.train_dataset
@@ -178,7 +181,7 @@ class RoundsTrainer(WholeCheckpoints):
         """What was passed to the constructor that rounds cannot work with yet, each with the reason."""
         found = []
         model, peft_config = given.get("model"), given.get("peft_config")
-        if peft_config is not None or hasattr(model, "peft_config"):
+        if not self._trains_adapters and (peft_config is not None or hasattr(model, "peft_config")):
             found.append(("A PEFT adapter", "rounds train full weights so far. Leave the adapter away."))
         if given.get("quantization_config") is not None or getattr(model, "is_quantized", False):
             found.append(("A quantized model", "rounds train full weights so far. Load the model unquantized."))

@@ -17,10 +17,10 @@ refused.
 
 from __future__ import annotations
 
-from trl_extras.scripts._preferences import PreferenceScript
+from trl_extras.scripts._training import TrainingScript
 
 
-script = PreferenceScript(
+script = TrainingScript(
     "apo", "Accelerated Preference Optimization (APO, arXiv 2410.06293): rounds of DPO, with momentum between rounds."
 )
 PROG = script.prog

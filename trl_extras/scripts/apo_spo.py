@@ -18,10 +18,10 @@ are refused.
 
 from __future__ import annotations
 
-from trl_extras.scripts._preferences import PreferenceScript
+from trl_extras.scripts._training import TrainingScript
 
 
-script = PreferenceScript(
+script = TrainingScript(
     "apo_spo",
     "Accelerated Preference Optimization over Stable Preference Optimization (APO x SPO): rounds with momentum, each "
     "above a floor for the likelihood of what the model shall keep.",

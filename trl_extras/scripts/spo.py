@@ -17,10 +17,10 @@ refused.
 
 from __future__ import annotations
 
-from trl_extras.scripts._preferences import PreferenceScript
+from trl_extras.scripts._training import TrainingScript
 
 
-script = PreferenceScript(
+script = TrainingScript(
     "spo",
     "Stable Preference Optimization (SPO, arXiv 2507.07723): DPO above a floor for the likelihood of what the model "
     "shall keep.",

@@ -1,4 +1,4 @@
-"""What the scripts of methods that learn from preferences share: everything but the method's name and description."""
+"""What the methods' scripts share: everything but the method's name and description."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from trl_extras.registry import Swap, resolve
 
 
 if TYPE_CHECKING:
-    from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments
+    from transformers import TrainingArguments
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
-    Arguments = tuple[ScriptArguments, DPOConfig, ModelConfig, DatasetMixtureConfig]
+    Arguments = tuple[ScriptArguments, TrainingArguments, ModelConfig, DatasetMixtureConfig]
 
 
 @dataclass(frozen=True)
-class PreferenceScript:
+class TrainingScript:
     """
-    TRL's `dpo` script for a registered method: the same flags and YAML keys, those of the method's config, and no
-    others.
+    TRL's `dpo` or `sft` script, which take the same arguments, for a registered method: their flags and YAML keys,
+    those of the method's config, and no others.
 
     Args:
         name: the method's name in the registry, and the subcommand's.
@@ -93,7 +94,7 @@ class PreferenceScript:
     def main(
         self,
         script_args: ScriptArguments,
-        training_args: DPOConfig,
+        training_args: Any,
         model_args: ModelConfig,
         dataset_args: DatasetMixtureConfig,
     ) -> None:
