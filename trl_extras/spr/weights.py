@@ -68,14 +68,18 @@ def policy_weights(
         raise ValueError(
             f"`mask` is {tuple(present.shape)} of {present.dtype}, but wants {tuple(rewards.shape)}, bool."
         )
-    ratio = torch.zeros_like(rewards) if log_ratio is None else log_ratio.to(rewards.dtype)
+    ratio = torch.zeros_like(rewards) if log_ratio is None else log_ratio
     if ratio.shape != rewards.shape:
         raise ValueError(f"`log_ratio` is {tuple(ratio.shape)}, but wants {tuple(rewards.shape)}, as `rewards`.")
     for name, values in (("rewards", rewards), ("log_ratio", ratio)):
         if not values[present].isfinite().all():
             raise ValueError(f"`{name}` holds a value that is not finite.")
 
+    # In half precision a sum of a few hundred equal terms is no longer their number.
+    dtype, rewards, ratio = rewards.dtype, rewards.double(), ratio.double()
     weights = torch.zeros_like(rewards)
+    if not rewards.numel():
+        return weights.to(dtype)
     single = present.sum(dim=1) == 1
     alone = present & single[:, None]
     if single.any():
@@ -84,7 +88,7 @@ def policy_weights(
     several = ~single
     if several.any():
         weights[several] = _weights(rewards[several], temperature, ratio[several], clip, present[several])
-    return weights
+    return weights.to(dtype)
 
 
 def _weights(rewards: Tensor, temperature: float, ratio: Tensor, clip: float | None, present: Tensor) -> Tensor:
@@ -121,7 +125,8 @@ def effective_sample_size(weights: Tensor, mask: Tensor | None = None) -> Tensor
     Returns:
         (prompts,); 0 for a prompt without responses.
     """
-    kept = weights if mask is None else weights.masked_fill(~mask, 0)
+    kept = (weights if mask is None else weights.masked_fill(~mask, 0)).double()
     total = kept.sum(dim=1)
     squares = kept.square().sum(dim=1)
-    return torch.where(squares > 0, total.square() / squares.clamp(min=torch.finfo(squares.dtype).tiny), 0.0)
+    found = torch.where(squares > 0, total.square() / squares.clamp(min=torch.finfo(squares.dtype).tiny), 0.0)
+    return found.to(weights.dtype)

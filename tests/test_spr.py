@@ -1,0 +1,299 @@
+"""
+SPRTrainer against SFTTrainer and against closed forms: the limits of docs/spr.md, the loss and its gradient, layouts,
+processes, adapters, resuming.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from tests import tiny
+from trl_extras import SPRConfig, SPRTrainer
+from trl_extras.rounds.state import AdapterWeights
+
+
+def threes(completions: Sequence[str], **kwargs: Any) -> list[float]:
+    """One for every word that ends with a 3."""
+    return [float(sum(word.endswith("3") for word in text.split())) for text in completions]
+
+
+def lengths(completions: Sequence[str], **kwargs: Any) -> list[float]:
+    return [0.1 * len(text.split()) for text in completions]
+
+
+def make_prompts(rows: int = 12, seed: int = 0) -> datasets.Dataset:
+    return tiny.make_pairs(rows, seed).remove_columns(["chosen", "rejected"])
+
+
+def make_spr(base: Any, folder: Path, data: Any, **kwargs: Any) -> SPRTrainer:
+    keys = (
+        "eval_dataset", "callbacks", "peft_config", "reward_funcs", "reward_processing_classes", "offline_dataset",
+        "optimizers",
+    )  # fmt: skip
+    given = {key: kwargs.pop(key) for key in keys if key in kwargs}
+    defaults = {"num_rounds": 2, "max_completion_length": 5, "num_generations": 3}
+    return SPRTrainer(
+        model=str(base) if isinstance(base, Path) else base,
+        args=SPRConfig(**tiny.arguments(folder, **{**defaults, **kwargs})),
+        train_dataset=data,
+        processing_class=tiny.make_tokenizer(),
+        **given,
+    )
+
+
+def make_sft(base: Any, folder: Path, data: Any, peft_config: Any = None, **kwargs: Any) -> SFTTrainer:
+    return SFTTrainer(
+        model=str(base) if isinstance(base, Path) else base,
+        args=SFTConfig(**tiny.arguments(folder, **{"num_train_epochs": 1, **kwargs})),
+        train_dataset=data,
+        processing_class=tiny.make_tokenizer(),
+        peft_config=peft_config,
+    )
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def rows_of(folder: Path, round_index: int) -> dict[str, list[Any]]:
+    return pq.read_table(folder / f"_rounds/round-{round_index:04d}/data.parquet").to_pydict()  # type: ignore[no-any-return]
+
+
+class KeepRows(TrainerCallback):
+    """Keeps what each round was trained on, which goes when the next one is complete."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.rows: list[dict[str, list[Any]]] = []
+
+    def on_round_end(self, args: Any, state: Any, control: Any, *, round_index: int, **kwargs: Any) -> None:
+        self.rows.append(rows_of(self.folder, round_index))
+
+
+# ---- Equal rewards ----
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"train_sampling_strategy": "sequential", "num_train_epochs": 2},
+        {"gradient_accumulation_steps": 3, "num_train_epochs": 2},
+        {"gradient_checkpointing": True, "per_device_train_batch_size": 4},
+        {"max_length": 6},
+        {"peft": True},
+    ],
+)
+def test_equal_rewards_are_sft_to_the_bit(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    settings = dict(settings)
+    peft = {"peft_config": LoraConfig(r=2, target_modules=["q_proj", "v_proj"])} if settings.pop("peft", False) else {}
+    rows = tiny.make_sft_rows(12)
+    stock = make_sft(base, tmp_path / "sft", rows, **copy.deepcopy(peft), **settings)
+    ours = make_spr(
+        base, tmp_path / "spr", rows.add_column("reward", [0.3] * 12), num_rounds=1, num_generations=0, **peft,
+        **settings,
+    )  # fmt: skip
+    stock.train()
+    ours.train()
+    assert len(losses(stock)) > 2
+    assert losses(stock) == losses(ours)
+    assert tiny.same_weights(stock.model, ours.model)
+    for kept in ("entropy", "mean_token_accuracy", "num_tokens", "grad_norm"):
+        assert [entry.get(kept) for entry in stock.state.log_history if "loss" in entry] == [
+            entry.get(kept) for entry in ours.state.log_history if "loss" in entry
+        ]
+
+
+def test_different_rewards_are_not_sft(base: Path, tmp_path: Path) -> None:
+    rows = tiny.make_sft_rows(12)
+    stock = make_sft(base, tmp_path / "sft", rows)
+    rewards = [0.1 * (i % 4) for i in range(12)]
+    ours = make_spr(base, tmp_path / "spr", rows.add_column("reward", rewards), num_rounds=1, num_generations=0)
+    stock.train()
+    ours.train()
+    assert not tiny.same_weights(stock.model, ours.model)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_equal_rewards_on_samples_are_sft_on_the_samples(base: Path, tmp_path: Path, offline: bool) -> None:
+    """Through two rounds: each is SFTTrainer on the tokens that were sampled, from the weights of the round before."""
+    data = tiny.make_sft_rows(12) if offline else make_prompts(12)
+    kept = KeepRows(tmp_path / "spr")
+    settings = {"train_sampling_strategy": "sequential", "optim": "sgd", "learning_rate": 0.5}
+    ours = make_spr(
+        base, tmp_path / "spr", data, reward_funcs=lambda completions, **_: [2.5] * len(completions),
+        callbacks=[kept], **settings,
+    )  # fmt: skip
+    ours.train()
+    assert [len(rows["weight"]) for rows in kept.rows] == ([36, 36] if offline else [18, 18])
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    found = []
+    for index, rows in enumerate(kept.rows):
+        assert set(rows["weight"]) == {1.0}
+        plain = datasets.Dataset.from_dict({name: rows[name] for name in ("input_ids", "labels")})
+        stock = make_sft(model, tmp_path / f"sft{index}", plain, **settings)
+        stock.train()
+        model = stock.model
+        found += losses(stock)
+    assert losses(ours) == found
+    assert tiny.same_weights(ours.model, model)
+
+
+# ---- Loss and gradient ----
+
+
+def weighted_nll(model: Any, rows: Sequence[dict[str, Any]]) -> torch.Tensor:
+    """-sum_i w_i log pi(y_i | x_i) / tokens, row by row, from the logits."""
+    total, tokens = torch.zeros(()), 0
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        for position, label in enumerate(row["labels"][1:]):
+            if label != -100:
+                total = total - row["weight"] * logps[position, label]
+                tokens += 1
+    return total / tokens
+
+
+def test_loss_and_gradient_are_those_of_the_reference(base: Path, tmp_path: Path) -> None:
+    rewards = [0.05 * (i % 5) for i in range(8)]
+    trainer = make_spr(
+        base, tmp_path, tiny.make_sft_rows(8).add_column("reward", rewards), num_rounds=1, num_generations=0,
+        per_device_train_batch_size=8, optim="sgd", learning_rate=1.0, max_grad_norm=0.0,
+        lr_scheduler_type="constant", train_sampling_strategy="sequential",
+    )  # fmt: skip
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    trainer.train()
+    stored = rows_of(tmp_path, 0)
+    rows = [{name: stored[name][i] for name in ("input_ids", "labels", "weight")} for i in range(8)]
+    assert len(set(stored["weight"])) == 5
+    loss = weighted_nll(reference, rows)
+    loss.backward()
+    assert losses(trainer)[0] == pytest.approx(loss.item(), rel=2e-6)
+    for name, parameter in reference.named_parameters():
+        moved = before[name] - dict(trainer.model.named_parameters())[name].detach()
+        assert parameter.grad is not None
+        assert torch.allclose(moved, parameter.grad, rtol=2e-4, atol=2e-6), name
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(4, 2), (2, 4), (3, 2)])
+def test_layouts_agree(base: Path, tmp_path: Path, batch: int, accumulation: int) -> None:
+    """A batch of 8 (of 6) at once, and in parts of uneven token counts."""
+    rewards = [0.07 * (i % 5) for i in range(24)]
+    found = []
+    for size, parts in ((batch * accumulation, 1), (batch, accumulation)):
+        trainer = make_spr(
+            base, tmp_path / str(parts), tiny.make_sft_rows(24).add_column("reward", rewards), num_rounds=2,
+            num_generations=0, per_device_train_batch_size=size, gradient_accumulation_steps=parts, optim="sgd",
+            learning_rate=0.3,
+        )  # fmt: skip
+        trainer.train()
+        found.append(trainer)
+    whole, split = found
+    assert losses(split) == pytest.approx(losses(whole), rel=2e-5)
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), split.model.named_parameters(), strict=True):
+        assert torch.allclose(a, b, atol=2e-6), name
+
+
+# ---- The bandit ----
+
+
+ARMS = ["w0", "w1", "w2"]
+
+
+def arm_log_probs(model: torch.nn.Module) -> torch.Tensor:
+    """Log-probabilities of all tokens after the prompt, (vocabulary,), float64."""
+    prompt = tiny.make_tokenizer().apply_chat_template(
+        [{"role": "user", "content": "w9"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.no_grad():
+        return model(**prompt).logits[0, -1].double().log_softmax(-1)  # type: ignore[no-any-return]
+
+
+def bandit_rows(words: Sequence[str], rewards: Sequence[float]) -> datasets.Dataset:
+    """Every answer once, with log mu = -log n."""
+    return datasets.Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": "w9"}],
+                "completion": [{"role": "assistant", "content": word}],
+                "reward": reward,
+                "mu": -math.log(len(words)),
+            }
+            for word, reward in zip(words, rewards, strict=True)
+        ]
+    )
+
+
+def test_the_bandit_limit(tmp_path: Path) -> None:
+    """With every answer in the data and exact weights, log(pi_K / pi_0) = K r / beta + const: iterative DPO's line."""
+    beta = 0.5
+    model = tiny.make_model(tied=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "lm_head.weight")
+    start = arm_log_probs(model)
+    rewards = [0.0, 0.15, -0.1]
+    trainer = make_spr(
+        model, tmp_path, bandit_rows(ARMS, rewards), num_rounds=3, num_generations=0, round_data="reuse",
+        round_epochs=[350, 120, 120], per_device_train_batch_size=3, reward_temperature=beta, importance_clip="none",
+        behavior_logps_column="mu", optim="sgd", learning_rate=0.25, lr_scheduler_type="constant", max_grad_norm=0.0,
+        keep_iterates=True, logging_strategy="no",
+    )  # fmt: skip
+    trainer.train()
+    reward = torch.tensor(rewards, dtype=torch.float64)
+    for rounds in (1, 2, 3):
+        iterate = AutoModelForCausalLM.from_pretrained(tmp_path / f"_rounds/iterates/{rounds}", dtype=torch.float32)
+        moved = (arm_log_probs(iterate) - start)[tiny.make_tokenizer().convert_tokens_to_ids(ARMS)]
+        for better, worse in ((1, 0), (0, 2), (1, 2)):
+            slope = (moved[better] - moved[worse]) / ((reward[better] - reward[worse]) / beta)
+            assert slope.item() == pytest.approx(rounds, rel=0.01), (rounds, better, worse)
+
+
+def test_temperature_alone_does_not_sharpen(tmp_path: Path) -> None:
+    """
+    Samples at temperature 0.7 and equal rewards: with the ratios the policy stays where it was, up to what sampling
+    does by chance; trained on the samples as they are, its likeliest answers grow.
+    """
+    model = tiny.make_model(tied=False, seed=3)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "lm_head.weight")
+    start = arm_log_probs(model)
+    prompts = datasets.Dataset.from_list([{"prompt": [{"role": "user", "content": "w9"}]}] * 16)
+    found = {}
+    for name, clip in (("corrected", "none"), ("plain", "1e-9")):
+        trainer = make_spr(
+            copy.deepcopy(model), tmp_path / name, prompts, num_rounds=3, num_generations=50, round_data="reuse",
+            reward_funcs=lambda completions, **_: [1.0] * len(completions), temperature=0.7, max_completion_length=1,
+            generation_batch_size=800, num_train_epochs=25, per_device_train_batch_size=800, optim="sgd",
+            learning_rate=0.3, lr_scheduler_type="constant", max_grad_norm=0.0, importance_clip=clip,
+            logging_strategy="no",
+        )  # fmt: skip
+        trainer.train()
+        found[name] = arm_log_probs(trainer.model)
+    top = int(start.argmax())
+    before, corrected, plain = (values[top].exp().item() for values in (start, found["corrected"], found["plain"]))
+    expected = (start / 0.7**3).log_softmax(-1)[top].exp().item()
+    assert 0.1 < before < 0.5
+    # 800 samples a round: the standard error of a probability of a quarter is .015 a round.
+    assert corrected == pytest.approx(before, abs=0.06)
+    assert plain == pytest.approx(expected, rel=0.2)
+    assert plain > 1.4 * before
