@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
@@ -297,3 +297,273 @@ def test_temperature_alone_does_not_sharpen(tmp_path: Path) -> None:
     assert corrected == pytest.approx(before, abs=0.06)
     assert plain == pytest.approx(expected, rel=0.2)
     assert plain > 1.4 * before
+
+
+# ---- Samples that are weighted together ----
+
+
+def test_online_and_offline_responses_of_a_prompt_share_their_weights(base: Path, tmp_path: Path) -> None:
+    """By hand: three samples and the data's own response, with its ratio, normalised as one group."""
+    data = tiny.make_sft_rows(6).add_column("mu", [-8.0 - i for i in range(6)])
+    trainer = make_spr(
+        base, tmp_path, data, num_rounds=1, reward_funcs=lengths, reward_temperature=0.3, importance_clip="2",
+        behavior_logps_column="mu", offline_ratio=0.25, temperature=0.8,
+    )  # fmt: skip
+    start = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    trainer.train()
+    stored = rows_of(tmp_path, 0)
+    sampled = pq.read_table(tmp_path / "_rounds/rollouts/round-0000/rollouts.parquet").to_pylist()
+    drawn = {(tuple(row["prompt_ids"]), tuple(ids)): logp for row in sampled for ids, logp in
+             zip(row["completion_ids"], row["logps"], strict=True)}  # fmt: skip
+    tokenizer = tiny.make_tokenizer()
+    mu = {tuple(tokenizer(row["prompt"])["input_ids"]): row["mu"] for row in data}
+    groups: dict[tuple[int, ...], list[tuple[float, float, float]]] = {}
+    for ids, labels, weight, reward, offline in zip(
+        *(stored[name] for name in ("input_ids", "labels", "weight", "reward", "offline")), strict=True
+    ):
+        prompt = tuple(token for token, label in zip(ids, labels, strict=True) if label == -100)
+        answer = tuple(label for label in labels if label != -100)
+        with torch.no_grad():
+            logps = start(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+        policy = sum(logps[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer))
+        groups.setdefault(prompt, []).append(
+            (reward, policy - (mu[prompt] if offline else drawn[prompt, answer]), weight)
+        )
+    assert [len(members) for members in groups.values()] == [4] * 6
+    for members in groups.values():
+        middle = sorted(ratio for _, ratio, _ in members)[1]
+        odds = [math.exp(r / 0.3 + max(-2.0, min(2.0, ratio - middle))) for r, ratio, _ in members]
+        assert [weight for *_, weight in members] == pytest.approx([4 * o / sum(odds) for o in odds], rel=1e-4)
+
+
+# ---- Adapters ----
+
+
+LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1}
+
+
+def test_an_adapter_is_trained_on_through_the_rounds(base: Path, tmp_path: Path) -> None:
+    kept = KeepRows(tmp_path)
+    trainer = make_spr(
+        base, tmp_path, make_prompts(), reward_funcs=threes, peft_config=LoraConfig(**LORA), keep_iterates=True,
+        num_rounds=3, callbacks=[kept],
+    )  # fmt: skip
+    below = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    settings = trainer.model.get_base_model().generation_config
+    assert isinstance(trainer._weights, AdapterWeights)
+    trainer.train()
+    trainer.save_model()
+    assert list(trainer.model.peft_config) == ["default"]
+    assert trainer.model.get_base_model().generation_config is settings
+    for name, parameter in trainer.model.named_parameters():
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, below[name]), name
+    assert [summary["update_norm"] > 0 for summary in trainer.round_summaries] == [True] * 3
+    for folder in (tmp_path, tmp_path / "_rounds/iterates/3"):
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        ids = torch.tensor([kept.rows[0]["input_ids"][0]])
+        trainer.model.eval()
+        with torch.no_grad():
+            assert torch.allclose(loaded(ids).logits, trainer.model(ids).logits, atol=1e-5)
+    assert (tmp_path / "_rounds/iterates/1/adapter_model.safetensors").is_file()
+    assert not (tmp_path / "_rounds/iterates/1/model.safetensors").exists()
+
+
+def test_an_adapter_that_could_not_be_resumed_is_refused(base: Path, tmp_path: Path) -> None:
+    from peft import get_peft_model
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**LORA))
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="peft does not save"):
+        make_spr(model, tmp_path, make_prompts(), reward_funcs=threes)
+
+
+# ---- Resuming ----
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("step", [4, 9, 11])
+def test_resumed_is_uninterrupted(base: Path, tmp_path: Path, step: int, lora: bool) -> None:
+    """Inside a round, and at the boundary; dropout and shuffling included."""
+
+    def make(folder: str, **more: Any) -> SPRTrainer:
+        peft = {"peft_config": LoraConfig(**LORA)} if lora else {}
+        return make_spr(
+            base, tmp_path / folder, tiny.make_sft_rows(12), reward_funcs=threes, save_strategy="steps",
+            save_steps=step, save_total_limit=1, num_generations=2, offline_ratio=0.33, temperature=0.8,
+            **peft, **more,
+        )  # fmt: skip
+
+    whole = make("whole")
+    whole.train()
+    # Made when the first one is done: a constructor sets the seed that training goes on from.
+    stopped = make("stopped", callbacks=[StopAt(step)])
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    resumed = make("stopped")
+    resumed.train(resume_from_checkpoint="last")
+    assert whole.state.global_step == 18
+    assert losses(whole) == losses(resumed)
+    assert tiny.same_weights(whole.model, resumed.model)
+    assert rows_of(tmp_path / "whole", 1) == rows_of(tmp_path / "stopped", 1)
+    for a, b in zip(whole.round_summaries, resumed.round_summaries, strict=True):
+        timed = {name for name in a if name.endswith(("_seconds", "_gb", "per_second"))}
+        for summary in (a, b):
+            # Upstream counts them from the resume on.
+            summary["train"].pop("num_tokens")
+        assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
+
+
+def test_other_offline_responses_are_refused_when_resuming(base: Path, tmp_path: Path) -> None:
+    def make(rewards: list[float]) -> SPRTrainer:
+        rows = tiny.make_sft_rows(12).add_column("reward", rewards)
+        return make_spr(base, tmp_path, rows, num_generations=0, save_strategy="steps", save_steps=1)
+
+    make([0.1] * 12).train()
+    with pytest.raises(ValueError, match="offline responses are not those of the run"):
+        make([0.2] * 12).train(resume_from_checkpoint="last")
+
+
+# ---- One model at a time ----
+
+
+def test_a_reward_model_is_there_for_its_phase_alone(base: Path, tmp_path: Path) -> None:
+    from transformers import LlamaForSequenceClassification
+
+    scorer = tmp_path / "scorer"
+    config = copy.deepcopy(tiny.make_model().config)
+    config.num_labels = 1
+    LlamaForSequenceClassification(config).save_pretrained(scorer)
+    tiny.make_tokenizer().save_pretrained(scorer)
+    trainer = make_spr(base, tmp_path / "out", make_prompts(), reward_funcs=str(scorer))
+    alive: list[bool] = []
+    reward = trainer._judge.rewards[0]  # type: ignore[union-attr]
+    sample, score, loss = trainer._sample, trainer._ask_about, trainer.compute_loss
+    trainer._sample = lambda *a: (alive.append(reward.model is not None), sample(*a))[1]  # type: ignore[method-assign]
+    trainer.compute_loss = lambda *a, **k: (  # type: ignore[method-assign]
+        alive.append(reward.model is not None),
+        loss(*a, **k),
+    )[1]
+    scoring: list[bool] = []
+    trainer._ask_about = lambda *a: (scoring.append(reward.model is not None), score(*a))[1]  # type: ignore[method-assign]
+    trainer.train()
+    assert len(alive) > 10
+    assert not any(alive)
+    assert scoring == [True, True]
+
+
+def test_phases_tell_their_memory(base: Path, tmp_path: Path) -> None:
+    trainer = make_spr(base, tmp_path, tiny.make_sft_rows(6), reward_funcs=threes, temperature=0.9)
+    trainer.train()
+    for summary in trainer.round_summaries:
+        for phase in ("sample", "score", "importance", "train"):
+            # A process that has imported torch takes more than a tenth of a gigabyte.
+            assert (0.0 if phase == "importance" else 0.1) < (summary[f"{phase}_memory_gb"] or 1.0) < 100
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_policy_leaves_the_gpu_while_a_reward_model_is_on_it(base: Path, tmp_path: Path) -> None:
+    from transformers import LlamaForSequenceClassification
+
+    config = copy.deepcopy(tiny.make_model().config)
+    config.num_labels = 1
+    scorer = LlamaForSequenceClassification(config)
+    trainer = make_spr(
+        base, tmp_path, make_prompts(), reward_funcs=scorer, reward_processing_classes=tiny.make_tokenizer(),
+        use_cpu=False,
+    )  # fmt: skip
+    score, where = trainer._ask_about, []
+
+    def look(*given: Any) -> None:
+        where.append((next(trainer.model.parameters()).device.type, next(scorer.parameters()).device.type))
+        score(*given)
+
+    trainer._ask_about = look  # type: ignore[method-assign]
+    trainer.train()
+    assert set(where) == {("cpu", "cuda")}
+    assert next(trainer.model.parameters()).device.type == "cuda"
+    assert next(scorer.parameters()).device.type == "cpu"
+
+
+# ---- As its users start it ----
+
+
+REWARDS = """
+def threes(completions, **kwargs):
+    return [float(sum(word.endswith("3") for word in text.split())) for text in completions]
+"""
+
+
+def launch(parts: Path, out: Path, processes: int, batch_size: int, *more: str) -> subprocess.CompletedProcess[str]:
+    """TRL's own `sft.py`, unmodified, in one process or several."""
+    spec = find_spec("trl.scripts.sft")
+    assert spec is not None
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+    command = [
+        sys.executable, *(torchrun if processes > 1 else []), "-m", "trl_extras.run", "--trainer", "spr",
+        str(spec.origin), "--model_name_or_path", str(parts / "model"), "--dataset_name", str(parts / "data"),
+        "--num_rounds", "2", "--round_data", "reuse", "--per_device_train_batch_size", str(batch_size),
+        "--learning_rate", "1e-2", "--optim", "sgd", "--train_sampling_strategy", "sequential",
+        "--gradient_checkpointing", "false", "--use_cpu", "true", "--bf16", "false", "--report_to", "none",
+        "--save_strategy", "no", "--max_length", "32", "--max_completion_length", "6", "--output_dir", str(out),
+        *more,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(parts / "hf"), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=parts, env=environment, timeout=240,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("launch")
+    tiny.save_model(folder / "model")
+    (folder / "data").mkdir()
+    for split, rows, seed in (("train", 16, 0), ("test", 6, 9)):
+        data = tiny.make_sft_rows(rows, seed).add_column("reward", [0.1 * (i % 4) for i in range(rows)])
+        data = data.add_column("mu", [-6.0 - i % 3 for i in range(rows)])
+        data.to_json(folder / "data" / f"{split}.jsonl")
+    (folder / "my_rewards.py").write_text(REWARDS)
+    return folder
+
+
+def test_one_process_and_two_agree_on_samples_and_data(parts: Path, tmp_path: Path) -> None:
+    """Ratios are computed by both, too: the behaviour's column, and a temperature."""
+    online = [
+        "--reward_funcs", "my_rewards.py:threes", "--num_generations", "3", "--generation_batch_size", "9",
+        "--temperature", "0.8", "--behavior_logps_column", "mu", "--offline_ratio", "0.25", "--eval_strategy",
+        "epoch",
+    ]  # fmt: skip
+    found = []
+    for processes, batch_size in ((1, 4), (2, 2)):
+        out = tmp_path / str(processes)
+        done = launch(parts, out, processes, batch_size, *online)
+        assert done.returncode == 0, done.stdout[-3000:]
+        assert done.stdout.count("trl-extras: SFTTrainer -> trl_extras.spr.SPRTrainer") == 1
+        assert done.stdout.count("'eval_loss'") == 2
+        assert "held-out prompts (iterate)" in done.stdout
+        found.append((rows_of(out, 1), AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)))
+    (one, first), (two, second) = found
+    assert len(one["weight"]) == 64
+    for name in one:
+        assert one[name] == (pytest.approx(two[name], rel=1e-4, abs=1e-5) if name == "weight" else two[name]), name
+    for (name, a), (_, b) in zip(first.named_parameters(), second.named_parameters(), strict=True):
+        assert torch.allclose(a, b, atol=2e-6), name
+
+
+def test_the_stock_script_without_samples(parts: Path, tmp_path: Path) -> None:
+    done = launch(parts, tmp_path, 1, 4, "--num_generations", "0", "--reward_temperature", "0.2")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert len(rows_of(tmp_path, 1)["weight"]) == 16
+    assert (tmp_path / "model.safetensors").is_file()
+    assert "reward_temperature: 0.2" in (tmp_path / "README.md").read_text()

@@ -38,6 +38,7 @@ from trl_extras.rounds.saving import WholeCheckpoints
 from trl_extras.rounds.state import ROUNDS_DIR, FullWeights
 from trl_extras.rounds.trainer import _FREE_FIELDS
 from trl_extras.spo import SPOTrainer
+from trl_extras.spr import SPRConfig, SPRTrainer
 
 
 PACKAGE = Path(trl_extras.__file__).parent
@@ -92,6 +93,8 @@ FOREIGN_ATTRIBUTES = {
     "_prepare_dataset": "test_signatures",
     "_prepare_inputs": "test_signatures",
     "_push_from_checkpoint": "test_uploads_leave_out_what_begins_with_an_underscore",
+    "_set_signature_columns_if_needed": "test_columns_that_reach_the_collator_are_listed",
+    "_signature_columns": "test_columns_that_reach_the_collator_are_listed",
     "_save_checkpoint": "test_a_checkpoint_goes_where_get_output_dir_says",
     "_tag_names": "test_card_attributes",
 }
@@ -115,6 +118,20 @@ def test_every_foreign_private_attribute_is_listed_and_tested() -> None:
     foreign = {name: where for name, where in used.items() if name not in own or name in upstream}
     assert foreign.keys() <= FOREIGN_ATTRIBUTES.keys(), {k: foreign[k] for k in foreign.keys() - FOREIGN_ATTRIBUTES}
     assert set(FOREIGN_ATTRIBUTES.values()) <= globals().keys()
+
+
+def test_columns_that_reach_the_collator_are_listed(tmp_path: Path) -> None:
+    """Else: the weights of SPR's rows are removed before its loss sees them, or our list is overwritten."""
+    rows = tiny.make_sft_rows(4).add_column("reward", [0.0, 1.0, 0.0, 1.0])
+    trainer = SPRTrainer(
+        model=tiny.make_model(),
+        args=SPRConfig(**tiny.arguments(tmp_path, num_generations=0, num_rounds=1)),
+        train_dataset=rows,
+        processing_class=tiny.make_tokenizer(),
+    )
+    trainer._set_signature_columns_if_needed()
+    trainer._set_signature_columns_if_needed()
+    assert trainer._signature_columns == ["input_ids", "labels", "seq_lengths", "weight"]
 
 
 def test_a_push_can_be_waited_for() -> None:
@@ -142,6 +159,10 @@ def test_our_names_hide_nothing_of_upstreams_by_accident() -> None:
             *_compat.OVERRIDDEN_DPO_METHODS, "compute_loss", "evaluate", "evaluation_loop", "get_batch_samples",
             "log", "prediction_step", "train", "training_step", "_name", "_paper", "_tag_names",
         },
+        SPRTrainer: {
+            *_compat.OVERRIDDEN_DATA_METHODS, *_compat.OVERRIDDEN_SFT_METHODS, "compute_loss", "train", "_name",
+            "_paper", "_tag_names",
+        },
     }  # fmt: skip
     set_on_purpose = {
         WholeCheckpoints: {"is_in_train"},
@@ -149,9 +170,11 @@ def test_our_names_hide_nothing_of_upstreams_by_accident() -> None:
         RolloutsTrainer: set(),
         APOTrainer: {*_compat.DPO_ATTRIBUTES, "eval_dataset"} - {"precompute_ref_logps"},
         SPOTrainer: {*_compat.SPO_ATTRIBUTES, "ref_model"} - {"_metrics"},
+        SPRTrainer: set(_compat.SPR_ATTRIBUTES),
     }
     for ours, wanted in overridden.items():
-        for stock in STOCK if ours in (WholeCheckpoints, RoundsTrainer) else (DPOTrainer,):
+        own = SFTTrainer if ours is SPRTrainer else DPOTrainer
+        for stock in STOCK if ours in (WholeCheckpoints, RoundsTrainer) else (own,):
             theirs = {*dir(stock), *set_on_self(stock)}
             hidden = {name for name in vars(ours) if name in theirs and not name.startswith("__")}
             assert hidden == wanted, (ours.__name__, stock.__name__)
@@ -164,6 +187,8 @@ def test_compat_names_are_there() -> None:
     assert all(hasattr(_compat, name) for name in _compat.__all__)
     assert all(callable(getattr(Trainer, name)) for name in _compat.OVERRIDDEN_TRAINER_METHODS)
     assert all(callable(getattr(DPOTrainer, name)) for name in _compat.OVERRIDDEN_DPO_METHODS)
+    assert all(callable(getattr(SFTTrainer, name)) for name in _compat.OVERRIDDEN_SFT_METHODS)
+    assert set(_compat.SPR_ATTRIBUTES) <= set_on_self(SFTTrainer)
     assert {*_compat.DPO_ATTRIBUTES, *_compat.SPO_ATTRIBUTES} <= set_on_self(DPOTrainer)
     assert all(callable(getattr(Trainer, name)) for name in _compat.CALLED_BY_SPO)
     assert transformers.trainer.TRAINER_STATE_NAME == _compat.TRAINER_STATE_NAME
@@ -193,6 +218,8 @@ def test_compat_names_are_there() -> None:
         (DPOTrainer, "_precompute_ref_logps", "dataset name batch_size"),
         (DPOTrainer, "_prepare_dataset", "dataset processing_class args dataset_name"),
         (SFTTrainer, "_prepare_dataset", "dataset processing_class args packing formatting_func dataset_name"),
+        (SFTTrainer, "compute_loss", "model inputs return_outputs num_items_in_batch"),
+        (SFTTrainer, "_set_signature_columns_if_needed", ""),
         (DPOTrainer, "create_model_card", "model_name dataset_name tags"),
         (TrlParser, "parse_args_and_config",
          "args return_remaining_strings fail_with_unknown_args separate_remaining_strings"),

@@ -21,6 +21,9 @@ CALLED_TRAINER_METHODS = ("_finish_current_push",)
 # Called by SPOTrainer on a transformers.Trainer.
 CALLED_BY_SPO = ("_prepare_inputs",)
 OVERRIDDEN_DPO_METHODS = ("_precompute_ref_logps",)
+# Overridden by SPRTrainer, and what it adds to.
+OVERRIDDEN_SFT_METHODS = ("_set_signature_columns_if_needed",)
+SPR_ATTRIBUTES = ("completion_only_loss", "data_collator")
 # Overridden by the rollouts mixin, on any TRL trainer.
 OVERRIDDEN_DATA_METHODS = ("_prepare_dataset",)
 # Read or set on a DPOTrainer.
@@ -34,9 +37,11 @@ __all__ = [
     "DPO_ATTRIBUTES",
     "OVERRIDDEN_DATA_METHODS",
     "OVERRIDDEN_DPO_METHODS",
+    "OVERRIDDEN_SFT_METHODS",
     "OVERRIDDEN_TRAINER_METHODS",
     "PREFIX_CHECKPOINT_DIR",
     "SPO_ATTRIBUTES",
+    "SPR_ATTRIBUTES",
     "TRAINER_STATE_NAME",
     "_BaseConfig",
     "_BaseTrainer",

@@ -166,7 +166,7 @@ def build_card(
     data = ModelCardData(
         base_model=base_id,
         datasets=dataset_name,
-        library_name="transformers",
+        library_name="peft" if hasattr(trainer.model, "peft_config") else "transformers",
         model_name=model_name or repo_id.split("/")[-1],
         tags=sorted(names),
         license=None,

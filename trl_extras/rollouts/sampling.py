@@ -246,12 +246,14 @@ class TransformersSampler:
     @contextmanager
     def _own_settings(self, config: GenerationConfig) -> Iterator[None]:
         """transformers fills whatever a config leaves open from the model's own: there is none meanwhile."""
-        kept = self.model.generation_config
+        # peft hands the settings of an adapter's model on to the model below it, and leaves them there.
+        base = getattr(self.model, "get_base_model", lambda: self.model)()
+        kept = self.model.generation_config, base.generation_config
         self.model.generation_config = config
         try:
             yield
         finally:
-            self.model.generation_config = kept
+            self.model.generation_config, base.generation_config = kept
 
 
 def _split(sampled: Tensor, logps: Tensor, stop: Sequence[int], num: int) -> list[list[Completion]]:

@@ -403,7 +403,7 @@ class RolloutsTrainer(RoundsTrainer):
         if self.args.should_save:
             # A longer run of before: its later rounds are not this one's.
             for folder in self._rollouts_dir.glob("*"):
-                numbered = re.fullmatch(r"(?:round|heldout|offline)-(\d{4})(?:-.*)?", folder.name)
+                numbered = re.fullmatch(r"(?:round|heldout)-(\d{4})(?:-.*)?", folder.name)
                 if numbered is None or int(numbered[1]) < self.args.num_rounds:
                     continue
                 if (folder / LABELS).exists():

@@ -229,6 +229,13 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
             train_dataset = self._offline.rows
         super()._check_rows(train_dataset, config)
 
+    def _per_round_fields(self) -> set[str]:
+        return {"offline_ratio"}
+
+    def round_settings(self, round_index: int) -> dict[str, Any]:
+        settings = super().round_settings(round_index)
+        return settings if self._offline is None else settings | {"offline_ratio": self._ratio(round_index)}
+
     def _comparable_configuration(self, config: Any) -> dict[str, Any]:
         fields = super()._comparable_configuration(config)
         # What is in the rows is compared, not where they lie.
@@ -334,6 +341,12 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
                 "The offline responses are not those of the run that is resumed: pass those, or use another "
                 "`output_dir`."
             )
+        assert self._rows is not None
+        if manifest is not None and manifest.get("planned_rows", len(self._rows)) != len(self._rows):
+            raise ConfigurationError(
+                f"A round has {len(self._rows)} rows now, but had {manifest['planned_rows']} in the run that is "
+                "resumed: give later rounds no smaller `offline_ratio` than the smallest so far."
+            )
         self._deal_offline()
 
     def _digest_of_offline(self) -> str | None:
@@ -373,6 +386,8 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
 
     def _state_content(self, round_index: int) -> dict[str, Any]:
         content = super()._state_content(round_index)
+        if self._rows is not None:
+            content |= {"planned_rows": len(self._rows)}
         return content if self._offline is None else content | {"offline": self._offline_digest}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -537,7 +552,7 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         lacking = np.flatnonzero(np.isnan(offline.rewards))
         if not len(lacking):
             return offline.rewards
-        rows = offline.rows.select(lacking)
+        rows = without(offline.rows.select(lacking), {"input_ids", "labels"})
         digest = rows_fingerprint(rows)
         where = f"Round {round_index + 1}, offline responses"
         # The policy has no part in it: rounds that train on the same responses have them scored once.
@@ -668,7 +683,7 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         if self._judge is None:
             return {}
         return {
-            name: dataset
+            name: without(dataset, {"input_ids", "labels"})
             for name, dataset in named.items()
             if "prompt_ids" in (getattr(dataset, "column_names", None) or [])
         }
