@@ -12,12 +12,13 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
-from trl_extras import APOSPOTrainer
+from trl_extras import APOSPOTrainer, SPRConfig, SPRTrainer
 from trl_extras.cards import _hub_id
 
 
 METRICS = ("chosen_change", "rejected_change", "displaced", "gap_chosen", "gap_sft", "penalty_share")
 PAPERS = {"apo": "arxiv.org/abs/2410.06293", "spo": "arxiv.org/abs/2507.07723"}
+SPR_PAPER = "openreview.net/forum?id=LglOy15bqe"
 
 
 def sft_rows() -> datasets.Dataset:
@@ -28,6 +29,35 @@ def cells(card: str, metric: str) -> list[str]:
     """The values of a metric in the card's table, in training and evaluation."""
     (row,) = re.findall(rf"^\| `?{re.escape(metric)}\b[^|]*\|(.*)\|$", card, re.MULTILINE)
     return [cell.strip() for cell in row.split("|")]
+
+
+def make_spr(base: Path, folder: Path, data: datasets.Dataset, **kwargs: Any) -> SPRTrainer:
+    given = {key: kwargs.pop(key) for key in ("eval_dataset", "offline_dataset", "reward_funcs") if key in kwargs}
+    return SPRTrainer(
+        model=str(base),
+        args=SPRConfig(**tiny.arguments(folder, num_rounds=2, hub_token="hf_secret", **kwargs)),
+        train_dataset=data,
+        processing_class=tiny.make_tokenizer(),
+        **given,
+    )
+
+
+def letters(completions: list[str], **kwargs: Any) -> list[float]:
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+
+def table(card: str, *titles: str) -> list[dict[str, str]]:
+    """The rows of the table that has these columns, by their titles."""
+    lines = card.splitlines()
+    for number, line in enumerate(lines):
+        columns = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and set(titles) <= set(columns):
+            rows = []
+            for row in lines[number + 2 :]:
+                if not row.startswith("|"):
+                    return rows
+                rows.append(dict(zip(columns, (cell.strip() for cell in row.strip("|").split("|")), strict=True)))
+    raise AssertionError(f"no table has {titles}")
 
 
 def configuration(card: str) -> dict[str, Any]:
@@ -183,3 +213,98 @@ def test_a_folder_is_not_taken_for_a_name_on_the_hub(tmp_path: Path, monkeypatch
     assert _hub_id("data/kept") == "data/kept"
     (tmp_path / "data/kept").mkdir(parents=True)
     assert _hub_id("data/kept") is None
+
+
+def test_spr_on_samples_and_responses_of_a_dataset(tmp_path: Path, base: Path) -> None:
+    trainer = make_spr(
+        base, tmp_path / "out", tiny.make_sft_rows(8), eval_dataset=tiny.make_sft_rows(4, seed=3),
+        reward_funcs=letters, num_generations=3, max_completion_length=4, temperature=0.7, reward_temperature=2,
+        eval_strategy="epoch", save_strategy="epoch", offline_ratio=[0.2, 0.5],
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    card = (tmp_path / "saved/README.md").read_text()
+    flat = " ".join(card.split())
+    assert "trained by successive policy re-weighting" in flat
+    assert f"https://{SPR_PAPER}" in card
+    assert "Submission 12963 to ICLR 2025" in card
+    assert (
+        "In 2 rounds of 1 epoch each, the policy is fine-tuned on 3 responses a prompt, sampled from the policy that "
+        "the round starts from and judged by `letters` and on 8 responses of a dataset (20% to 50% of a round's rows)"
+        in flat
+    )
+    assert "A response weighs exp(reward / 2), relative to the others of its prompt" in flat
+    assert "log importance ratio bounded to 5 nats around the prompt's median" in flat
+    assert "abstract was at hand alone" in flat
+    assert "- successive-policy-re-weighting\n" in card
+    for word in ("accelerated", "alpha", "momentum", "margin", "2410.06293", "preference"):
+        assert not re.search(rf"\b{word}", card), word
+    # The numbers are those of the rounds.
+    weights = table(card, "effective sample size")
+    for row, summary in zip(weights, trainer.round_summaries, strict=True):
+        assert row["round"] == str(summary["round"] + 1)
+        for title, key in (
+            ("effective sample size", "effective_sample_size"), ("largest weight", "weight_max"),
+            ("sampled rows", "online_rows"), ("offline rows", "offline_rows"), ("repeated rows", "repeated_rows"),
+            ("offline share of the weight", "offline_weight_share"),
+            ("prompts with several responses", "groups"), ("reward of offline responses", "offline_reward_mean"),
+        ):  # fmt: skip
+            value = summary[key]
+            assert row[title] == (f"{value:.4g}" if isinstance(value, float) else str(value)), title
+    assert [row["offline rows"] for row in weights] == ["3", "8"]
+    assert [row["reward of samples"] for row in table(card, "reward of samples", "importance, s")] == [
+        f"{row['reward_mean']:.4g}" for row in trainer.round_summaries
+    ]
+    assert [row["after round"] for row in table(card, "held-out reward")] == ["start", "1", "2"]
+    assert all(row["eval loss"] for row in table(card, "update norm", "eval loss"))
+    shown = configuration(card)
+    wanted = {"reward_temperature": 2.0, "temperature": 0.7, "num_generations": 3, "offline_ratio": [0.2, 0.5]}
+    assert {**wanted, "importance_clip": "5.0", "num_rounds": 2, "learning_rate": 0.01}.items() <= shown.items()
+    assert_private(tmp_path, str(base))
+
+
+def test_spr_on_a_dataset_alone(tmp_path: Path, base: Path) -> None:
+    rows = tiny.make_sft_rows(8).add_column("reward", [float(i) for i in range(8)])
+    trainer = make_spr(
+        base, tmp_path / "out", rows, num_generations=0, importance_clip="none", reward_temperature=4,
+        round_data="reuse", round_epochs=[1, 2],
+    )  # fmt: skip
+    trainer.create_model_card()
+    assert "No round is finished yet." in (tmp_path / "out/README.md").read_text()
+    trainer.train()
+    trainer.save_model()
+    card = (tmp_path / "out/README.md").read_text()
+    flat = " ".join(card.split())
+    assert (
+        "In 2 rounds of 1 to 2 epochs each, the policy is fine-tuned on 8 responses of a dataset (100% of a round's "
+        "rows). A response weighs exp(reward / 4)" in flat
+    )
+    assert "log importance ratio unbounded" in flat
+    assert "sampled from" not in flat
+    assert "judged by" not in flat
+    rows_of_weights = table(card, "prompts with one", "largest weight")
+    assert [row["prompts with one"] for row in rows_of_weights] == ["8", "8"]
+    assert [row["offline rows"] for row in rows_of_weights] == ["8", "8"]
+    effective = trainer.round_summaries[0]["singletons_effective"]
+    assert 1 < effective < 8
+    assert f"{effective:.4g}" in rows_of_weights[0].values()
+    # Nothing was sampled, so that there is no table of it.
+    assert "reward of samples" not in card
+    assert "held-out" not in card
+    assert {"num_generations": 0, "importance_clip": "none"}.items() <= configuration(card).items()
+    assert_private(tmp_path, str(base))
+
+
+def test_offline_responses_in_a_folder_are_not_named(tmp_path: Path, base: Path) -> None:
+    (tmp_path / "private_place").mkdir()
+    tiny.make_sft_rows(6).to_json(tmp_path / "private_place/train.jsonl")
+    prompts = tiny.make_pairs(6, seed=1).select_columns(["prompt"])
+    trainer = make_spr(
+        base, tmp_path / "out", prompts, offline_dataset_name=str(tmp_path / "private_place"),
+        offline_dataset_split="train", reward_funcs=letters, num_generations=2, max_completion_length=4,
+    )  # fmt: skip
+    trainer.create_model_card()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "6 responses of a dataset" in " ".join(card.split())
+    assert "offline_dataset_name" not in configuration(card)
+    assert_private(tmp_path / "out", "private_place")

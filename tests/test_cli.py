@@ -14,7 +14,7 @@ from .test_run import environment, run_tiny, write_sft  # noqa: F401 (a fixture)
 
 
 SCRIPTS = Path(cli.__file__).parent / "scripts"
-METHODS = ["apo", "apo_spo", "spo"]
+METHODS = ["apo", "apo_spo", "spo", "spr"]
 GIVEN = ["--model_name_or_path", "m", "--dataset_name", "d", "--use_cpu", "--bf16", "False", "--output_dir", "o"]
 
 
@@ -23,10 +23,11 @@ def test_help_is_light():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "set()"
     for words in (
-        "METHOD --config recipe.yaml", "extrapolate NEW OLD", "trainers for `run --trainer`: apo, apo_spo, spo, ",
+        "METHOD --config recipe.yaml", "extrapolate NEW OLD", "trainers for `run --trainer`: apo, apo_spo, spo, spr, ",
         "    apo           Accelerated Preference Optimization (APO, ",
         "    spo           Stable Preference Optimization (SPO, ",
         "    apo_spo       Accelerated Preference Optimization over Stable Preference Optimization",
+        "    spr           Successive Policy Re-weighting (SPR, ",
     ):  # fmt: skip
         assert words in result.stdout
 
@@ -54,7 +55,9 @@ def test_registered_trainers_are_listed(tmp_path, monkeypatch, capsys):
     (info / "entry_points.txt").write_text("[trl_extras.trainers]\nloud = loud.trainers:LoudTrainer\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     cli.main(["--help"])
-    assert "apo, apo_spo, spo, loud (loud.trainers:LoudTrainer), or package.module:Class" in capsys.readouterr().out
+    assert (
+        "apo, apo_spo, spo, spr, loud (loud.trainers:LoudTrainer), or package.module:Class" in capsys.readouterr().out
+    )
 
 
 def test_dispatches_run(capsys):
@@ -165,7 +168,7 @@ def test_temporary_file_goes_when_launching_fails(launched, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["dpo"], "unknown command 'dpo': known are apo, apo_spo, spo, run, extrapolate"),
+        (["dpo"], "unknown command 'dpo': known are apo, apo_spo, spo, spr, run, extrapolate"),
         (["apoo"], "did you mean apo?"),
         (["apo-spo"], "did you mean apo_spo?"),
         (["_training"], "unknown command '_training'"),
@@ -233,6 +236,15 @@ def test_refuses_before_launching(launched, tmp_path, capsys, words, yaml_text, 
         ("apo_spo", ["--sft_tolerence", "1"], "did you mean --sft-tolerance?"),
         ("apo_spo", ["--extrapolation_alfa", "1"], "did you mean --extrapolation-alpha?"),
         ("apo_spo", ["--num_rounds", "0"], "num_rounds"),
+        ("spr", ["--reward_temprature", "1"], "did you mean --reward-temperature?"),
+        ("spr", ["--reward_temp", "1"], "--reward_temp (flags cannot be shortened); did you mean --reward-temp"),
+        ("spr", ["--reward_temperature", "0"], "`reward_temperature` is 0.0, but wants a finite number above 0"),
+        ("spr", ["--importance_clip", "some"], "`importance_clip` is 'some', but wants a finite number above 0"),
+        ("spr", ["--offline_ratio", "0.5", "2"], "`offline_ratio` is [0.5, 2.0], but wants numbers from 0 to 1"),
+        ("spr", ["--packing", "true"], "`packing=True` does not work with SPR"),
+        ("spr", ["--beta", "1"], "does not know --beta"),
+        ("spr", ["--extrapolation_alpha", "0.3"], "does not know --extrapolation_alpha"),
+        ("apo", ["--reward_temperature", "1"], "does not know --reward_temperature"),
     ],
 )
 def test_each_method_has_its_own_flags(launched, capsys, method, words, says):
@@ -263,7 +275,9 @@ OWN = {
     "apo": ["APOConfig", "SamplingConfig", "RoundsConfig"],
     "apo_spo": ["APOConfig", "SamplingConfig", "RoundsConfig", "SPOConfig"],
     "spo": ["SPOConfig"],
+    "spr": ["SPRConfig", "SamplingConfig", "RoundsConfig"],
 }
+STOCK = {method: "SFTConfig" if method == "spr" else "DPOConfig" for method in METHODS}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -272,24 +286,29 @@ def test_help_shows_the_methods_own_flags_first(capsys, method):
     out = capsys.readouterr().out
     assert out.startswith(f"usage: trl-extras {method} [--config recipe.yaml] [flags]\n\n")
     headings = re.findall(r"^fields of (\w+):$", out, re.MULTILINE)
-    theirs = ["ScriptArguments", "ModelConfig", "DatasetMixtureConfig", "DPOConfig", "TrainingArguments"]
+    theirs = ["ScriptArguments", "ModelConfig", "DatasetMixtureConfig", STOCK[method], "TrainingArguments"]
     assert headings == [*OWN[method], *theirs]
     sections = dict(zip(headings, re.split(r"^fields of \w+:$", out, flags=re.MULTILINE)[1:], strict=True))
     flags = {name: set(re.findall(r"^  --(\w+)", text, re.MULTILINE)) for name, text in sections.items()}
     assert "model_name_or_path" in flags["ModelConfig"]
-    assert "beta" in flags["DPOConfig"]
+    assert ("packing" if method == "spr" else "beta") in flags[STOCK[method]]
     assert "output_dir" in flags["TrainingArguments"]
-    if method != "spo":
-        assert "extrapolation_alpha" in flags["APOConfig"]
+    if "RoundsConfig" in OWN[method]:
         # Where a class changes a default, the flag is that class's.
         assert {"num_rounds", "num_train_epochs"} <= flags["RoundsConfig"]
-    if method != "apo":
+    if "APOConfig" in OWN[method]:
+        assert "extrapolation_alpha" in flags["APOConfig"]
+    if "SPOConfig" in OWN[method]:
         assert {"sft_coef", "bilevel_solver", "sft_dataset_name"} <= flags["SPOConfig"]
+    if method == "spr":
+        own = {"reward_temperature", "importance_clip", "offline_ratio", "num_generations", "temperature", "top_p"}
+        assert own <= flags["SPRConfig"]
+        assert "reward_funcs" in flags["SamplingConfig"]
     # Nothing is lost.
     from trl_extras.run import option_actions
-    from trl_extras.scripts import apo, apo_spo, spo
+    from trl_extras.scripts import apo, apo_spo, spo, spr
 
-    parser = {"apo": apo, "apo_spo": apo_spo, "spo": spo}[method].make_parser()
+    parser = {"apo": apo, "apo_spo": apo_spo, "spo": spo, "spr": spr}[method].make_parser()
     known = {flag.removeprefix("--") for flag in option_actions(parser) if flag.startswith("--") and flag != "--help"}
     shown = set(re.findall(r"--([\w-]+)", out))
     assert known <= shown
@@ -311,9 +330,13 @@ def test_end_to_end(run_tiny, tmp_path, monkeypatch, method):  # noqa: F811
         "report_to": "none",
         "save_strategy": "no",
     }
-    if method != "spo":
+    if "RoundsConfig" in OWN[method]:
         keys["num_rounds"] = 2
-    if method != "apo":
+    if method == "spr":
+        # The pairs are offline responses, and scored like those that are sampled beside them.
+        (tmp_path / "reward.py").write_text("def count(completions, **kwargs):\n    return [*map(len, completions)]\n")
+        keys |= {"reward_funcs": f"{tmp_path / 'reward.py'}:count", "num_generations": 2, "max_completion_length": 4}
+    if "SPOConfig" in OWN[method]:
         keys |= {"sft_dataset_name": str(write_sft(tmp_path)), "sft_coef": 0.5, "sft_optimum": 1}
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(keys))
@@ -326,7 +349,8 @@ def test_end_to_end(run_tiny, tmp_path, monkeypatch, method):  # noqa: F811
     assert cli.main(words) == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert ("rounds of" in card) == (method != "spo")
-    assert ("Stable Preference Optimization" in card) == (method != "apo")
+    assert ("rounds of" in card) == ("RoundsConfig" in OWN[method])
+    assert ("Stable Preference Optimization" in card) == ("SPOConfig" in OWN[method])
+    assert ("policy re-weighting" in card) == (method == "spr")
     assert str(tmp_path) not in card
     assert not list(temporary.glob("trl-extras-*"))

@@ -15,16 +15,18 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import yaml
-from trl import DPOConfig
+from trl import DPOConfig, SFTConfig
 
 import trl_extras
 from tests import tiny
-from trl_extras import cli
+from trl_extras import SPRTrainer, cli
 from trl_extras.apo import APOConfig
 from trl_extras.apo_spo import APOSPOConfig
+from trl_extras.errors import ConfigurationError
 from trl_extras.run import Ledger, option_actions
-from trl_extras.scripts import apo, apo_spo, extrapolate, spo
+from trl_extras.scripts import apo, apo_spo, extrapolate, spo, spr
 from trl_extras.spo import SPOConfig
+from trl_extras.spr import SPRConfig
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,7 +112,7 @@ def commands() -> Iterator[Any]:
             yield pytest.param(shlex.split(command), id=f"{recipe.relative_to(ROOT).as_posix()}: {command[:60]}")
 
 
-SCRIPTS: dict[str, Any] = {"apo": apo, "spo": spo, "apo_spo": apo_spo}
+SCRIPTS: dict[str, Any] = {"apo": apo, "spo": spo, "apo_spo": apo_spo, "spr": spr}
 
 
 @cache
@@ -133,7 +135,7 @@ def test_every_method_with_a_command_is_looked_at() -> None:
     assert set(SCRIPTS) == set(cli.methods())
 
 
-@pytest.mark.parametrize("name", ["apo", "spo"])
+@pytest.mark.parametrize("name", ["apo", "spo", "spr"])
 def test_recipes_on_a_methods_page_have_keys_that_exist(name: str) -> None:
     known = {flag.lstrip("-") for flag in flags_of(name)}
     blocks = fences(ROOT / f"docs/{name}.md", "yaml")
@@ -210,21 +212,29 @@ def read(text: str) -> Any:
         return text
 
 
+HELD_OUT = "Measured on held-out prompts"
 ROUNDS_TABLES = (("docs/apo.md", "Configuration"), ("docs/rollouts.md", "Sampling"))
 FLOOR_TABLE = (("docs/spo.md", "Configuration"),)
+WEIGHTS_TABLE = (("docs/spr.md", "Configuration"),)
 
 
 @pytest.mark.parametrize(
-    ("config", "tables"),
-    [(APOConfig, ROUNDS_TABLES), (SPOConfig, FLOOR_TABLE), (APOSPOConfig, ROUNDS_TABLES + FLOOR_TABLE)],
-    ids=["apo", "spo", "apo_spo"],
+    ("config", "stock_config", "tables"),
+    [
+        (APOConfig, DPOConfig, ROUNDS_TABLES),
+        (SPOConfig, DPOConfig, FLOOR_TABLE),
+        (APOSPOConfig, DPOConfig, ROUNDS_TABLES + FLOOR_TABLE),
+        (SPRConfig, SFTConfig, WEIGHTS_TABLE),
+    ],
+    ids=["apo", "spo", "apo_spo", "spr"],
 )
 def test_configuration_table_has_our_fields_and_their_defaults(
-    config: type[Any], tables: tuple[tuple[str, str], ...]
+    config: type[Any], stock_config: type[Any], tables: tuple[tuple[str, str], ...]
 ) -> None:
     rows = [row for page, title in tables for row in table(section(ROOT / page, title), "field", "default")]
-    documented = {row[0].strip("`"): read(row[1].strip("`\"'")) for row in rows}
-    ours, stock = defaults(config), defaults(DPOConfig)
+    documented = {row[0].strip("`"): read(row[1].strip("`")) for row in rows}
+    assert len(documented) == len(rows), "a field stands there twice"
+    ours, stock = defaults(config), defaults(stock_config)
     assert documented == {name: value for name, value in ours.items() if name not in stock or stock[name] != value}
 
 
@@ -237,7 +247,8 @@ def test_defaults_in_the_readme() -> None:
 
 
 def test_docstrings_say_the_defaults() -> None:
-    for config in (APOConfig, SPOConfig, *(cls for cls in APOConfig.__mro__ if cls.__name__ == "RoundsConfig")):
+    rounds = [cls for cls in APOConfig.__mro__ if cls.__name__ == "RoundsConfig"]
+    for config in (APOConfig, SPOConfig, SPRConfig, *rounds):
         found = re.findall(r"^\s+(\w+) \(`.*`, \*optional\*, defaults to `(.*)`\):$", config.__doc__, re.MULTILINE)
         assert len(found) >= 3
         assert {name: read(value) for name, value in found}.items() <= defaults(config).items()
@@ -277,7 +288,7 @@ def test_keys_of_an_on_policy_run_are_those_that_are_documented(make_apo: Any, t
     page = ROOT / "docs/rollouts.md"
     rounds = [row[0].strip("`") for row in table(section(ROOT / "docs/apo.md", "rounds.jsonl"), "key")]
     ours = [row[0].strip("`") for row in table(section(page, "Keys of a round"), "key")]
-    measured = {row[0].strip("`") for row in table(section(page, "Measured on held-out prompts"), "key")}
+    measured = {row[0].strip("`") for row in table(section(page, HELD_OUT), "key")}
     rewards = {"reward_mean", "reward_best", "reward_worst", "rewards", "metrics"} if judged == "ranker" else set()
     for t, row in enumerate(rows):
         missing = rewards | ({"heldout_start"} if t else set())
@@ -290,6 +301,92 @@ def test_keys_of_an_on_policy_run_are_those_that_are_documented(make_apo: Any, t
     columns = " ".join(row[0] for row in table(section(page, "On disk"), "column"))
     documented = set(re.findall(r"`(\w+)`", columns)) - {"reward_NAME", "extra_NAME"}
     assert found == documented | ({"reward_reward", "extra_words"} if judged == "reward" else set())
+
+
+@pytest.mark.parametrize("kind", ["both", "sampled", "offline"])
+def test_keys_of_an_spr_run_are_those_that_are_documented(base: Path, tmp_path: Path, kind: str) -> None:
+    def reward(completions: list[str], log_metric: Any, **kwargs: Any) -> list[float]:
+        log_metric("seen", len(completions))
+        return [float(sum(map(ord, text)) % 7) for text in completions]
+
+    data = tiny.make_sft_rows(8)
+    settings: dict[str, Any] = {"num_generations": 2, "max_completion_length": 4}
+    if kind == "sampled":
+        # A ratio has to be computed, and rows without one are the others' part.
+        data, settings = data.select_columns(["prompt"]), {**settings, "temperature": 0.7}
+    if kind == "offline":
+        data, settings = data.add_column("reward", [float(i) for i in range(8)]), {"num_generations": 0}
+    trainer = SPRTrainer(
+        model=str(base),
+        args=SPRConfig(
+            **tiny.arguments(tmp_path / "out", num_rounds=2, eval_strategy="epoch", reward_temperature=3, **settings)
+        ),
+        train_dataset=data,
+        eval_dataset=tiny.make_sft_rows(3, seed=3),
+        processing_class=tiny.make_tokenizer(),
+        reward_funcs=None if kind == "offline" else reward,
+    )
+    trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "out/rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+    page = ROOT / "docs/spr.md"
+    documented = [row[0].strip("`") for row in table(section(page, "rounds.jsonl"), "key", "meaning")]
+    sampling = documented[documented.index("prompts") :]
+    assert sampling[-1] == "heldout_iterate"
+    for t, row in enumerate(rows):
+        missing = {"both": set(), "sampled": {"offline_ratio"}, "offline": {"empty", *sampling}}[kind]
+        missing |= {"heldout_start"} if t else set()
+        assert list(row) == [key for key in documented if key not in missing], "in the order of the table"
+        assert row["eval"]["loss"] > 0
+        assert (row["importance_memory_gb"] is None) == (kind != "sampled")
+        if kind != "offline":
+            held_out = {row[0].strip("`") for row in table(section(ROOT / "docs/rollouts.md", HELD_OUT), "key")}
+            assert row["heldout_iterate"].keys() - {"metrics"} == held_out
+    numbers = {
+        f"round/{key}"
+        for row in rows
+        for key, value in row.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    logged = {key for entry in trainer.state.log_history for key in entry if key.startswith("round/")}
+    assert {key for key in logged if key.count("/") == 1} == numbers
+    assert {key.split("/")[1] for key in logged if key.count("/") > 1} <= set(documented)
+
+
+def test_sizes_of_an_spr_round_are_those_of_the_page() -> None:
+    """120 samples and two ratios, as docs/spr.md has it."""
+    from trl_extras.spr.rows import counts_of_round, rows_of_run
+
+    text = " ".join(section(ROOT / "docs/spr.md", "A round's rows").split())
+    found = re.search(
+        r"For (\d+) samples and `\[([\d.]+), ([\d.]+)\]` that is (\d+) rows: (\d+) and (\d+) in the first round, "
+        r"(\d+) and (\d+) in the second",
+        text,
+    )
+    assert found is not None
+    samples, rows, *wanted = (int(found[i]) for i in (1, 4, 5, 6, 7, 8))
+    ratios = [float(found[2]), float(found[3])]
+    assert rows_of_run(samples, ratios) == rows
+    counts = [counts_of_round(rows, samples, ratio) for ratio in ratios]
+    assert [number for count in counts for number in (count.online, count.offline)] == wanted
+
+
+def test_what_spr_refuses_is_refused_as_its_page_says() -> None:
+    """Every field that the table names is one, and what the config refuses by itself names it."""
+    rows = table(section(ROOT / "docs/spr.md", "What is refused"), "what", "why")
+    named = {name for row in rows for name in re.findall(r"`(\w+)", row[0])}
+    arguments = {"train_dataset", "formatting_func", "compute_loss_func", "train"}
+    columns_and_values = {"prompt", "completion", "reward", "rewards", "external", "nll"}
+    assert named <= defaults(SPRConfig).keys() | arguments | columns_and_values
+    for setting in (
+        {"packing": True}, {"padding_free": True}, {"loss_type": "dft"}, {"label_smoothing_factor": 0.1},
+        {"completion_only_loss": False}, {"assistant_only_loss": True}, {"shuffle_dataset": True},
+        {"dataset_kwargs": {"skip_prepare_dataset": True}}, {"ranker": "m:f"}, {"offline_ratio": 1},
+        {"num_generations": 0, "prompts_per_round": 2},
+    ):  # fmt: skip
+        (name, *_) = sorted(setting, key=lambda field: field == "num_generations")
+        assert name in named
+        with pytest.raises(ConfigurationError, match=name):
+            SPRConfig("out", use_cpu=True, bf16=False, **setting)
 
 
 @pytest.mark.parametrize("lower_level", ["chosen", "sft_dataset", "both"])

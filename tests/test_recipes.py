@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import importlib.util
 import json
@@ -140,6 +141,69 @@ def test_the_floor_of_sampled_rounds_is_under_other_text() -> None:
     assert config.gradient_checkpointing
 
 
+SPR_RECIPES = (
+    "film_lines/spr.yaml", "spr/film-lines-reward-model.yaml", "spr/smollm2-ultrafeedback.yaml", "spr/offline.yaml",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPR_RECIPES)
+def test_spr_recipes_sample_from_the_policy_itself(name: str) -> None:
+    """What docs/spr.md advises: no ratio to correct for, and nothing that no weight could bring back."""
+    (script, config, _, _), _ = read(RECIPES / name)
+    assert config.samples_exactly
+    assert config.temperature == config.top_p == 1
+    sampled = config.num_generations > 0
+    assert bool(config.reward_funcs) == sampled
+    # A prompt and its response have to fit.
+    assert config.max_length is None or not sampled or config.max_completion_length < config.max_length // 2
+    # Text is given, or made by the commands of the comment above.
+    text = (RECIPES / name).read_text(encoding="utf-8")
+    comment = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    assert not script.dataset_name.startswith("data/") or script.dataset_name in comment
+
+
+def test_rewards_of_spr_recipes_are_there() -> None:
+    (_, words, _, _), _ = read(RECIPES / "film_lines/spr.yaml")
+    file, _, function = words.reward_funcs[0].partition(":")
+    assert f"def {function}(" in (RECIPES.parent / file).read_text(encoding="utf-8")
+    neural = RECIPES / "spr/film-lines-reward-model.yaml"
+    (_, config, _, _), _ = read(neural)
+    assert f"train_reward_model.py --out {config.reward_funcs[0]}\n" in neural.read_text(encoding="utf-8")
+
+
+def test_the_reward_model_takes_the_scorers_place_and_nothing_else_changes() -> None:
+    words, neural = (
+        yaml.safe_load((RECIPES / name).read_text(encoding="utf-8"))
+        for name in ("film_lines/spr.yaml", "spr/film-lines-reward-model.yaml")
+    )
+    assert words.keys() == neural.keys()
+    assert {key for key in neural if neural[key] != words[key]} == {"output_dir", "reward_funcs", "reward_temperature"}
+
+
+def test_film_openings_suffice_for_the_rounds() -> None:
+    """`make_data.py` of the quickstart makes, by its defaults, as many prompts as the recipe's rounds sample for."""
+    (script, config, _, _), _ = read(RECIPES / "film_lines/spr.yaml")
+    assert script.dataset_name == "data/film-openings"
+    source = (RECIPES / "quickstart/make_data.py").read_text(encoding="utf-8")
+    rounds, prompts = (
+        int(re.search(rf'"--{name}", type=int, default=(\d+)', source)[1])  # type: ignore[index]
+        for name in ("rounds", "prompts")
+    )
+    assert (config.num_rounds, config.prompts_per_round) == (rounds, prompts)
+
+
+def test_the_offline_recipe_samples_nothing() -> None:
+    (script, config, _, _), _ = read(RECIPES / "spr/offline.yaml")
+    assert (config.num_generations, config.prompts_per_round, config.ratio_of(0)) == (0, None, 1.0)
+    assert config.behavior_logps_column is None
+    # What its comment makes of another dataset is Python, and has the columns that are wanted.
+    lines = (RECIPES / "spr/offline.yaml").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if re.match(r"#(     .*)?$", line)]
+    code = "\n".join(line.removeprefix("#     ").removeprefix("#") for line in lines)
+    names = {node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)}
+    assert {"prompt", "completion", "reward", f"{script.dataset_name}/train.jsonl"} <= names
+
+
 def test_the_text_that_film_lines_keeps_is_in_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither in a pair nor measured on; and the recipe's datasets are the files that its `make_data.py` writes."""
     monkeypatch.syspath_prepend(str(RECIPES / "quickstart"))
@@ -187,5 +251,5 @@ def test_accelerate_configs() -> None:
 def test_there_are_recipes() -> None:
     assert {path.relative_to(RECIPES).as_posix() for path in FILES} >= {
         "apo/mistral-7b-ultrafeedback.yaml", "quickstart/apo.yaml", "film_lines/apo.yaml",
-        "apo_spo/smollm2-ultrafeedback.yaml", *SPO_RECIPES,
+        "apo_spo/smollm2-ultrafeedback.yaml", *SPO_RECIPES, *SPR_RECIPES,
     }  # fmt: skip

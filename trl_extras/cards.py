@@ -54,11 +54,12 @@ _SAMPLE_COLUMNS = (
 _WEIGHT_COLUMNS = (
     ("round", "round"), ("groups", "prompts with several responses"), ("equal_groups", "of equal reward"),
     ("singletons", "prompts with one"), ("effective_sample_size", "effective sample size"),
-    ("singletons_effective", "of those with one"), ("weight_max", "largest weight"), ("online_rows", "sampled rows"),
+    ("singletons_effective", "effective sample size of those with one"),
+    ("weight_max", "largest weight"), ("online_rows", "sampled rows"),
     ("offline_rows", "offline rows"), ("offline_weight_share", "offline share of the weight"),
     ("offline_reward_mean", "reward of offline responses"), ("repeated_rows", "repeated rows"),
-    ("sample_memory_gb", "memory of sampling, GB"), ("score_memory_gb", "of scoring"),
-    ("importance_memory_gb", "of importance"), ("train_memory_gb", "of training"),
+    ("sample_memory_gb", "memory of sampling, GB"), ("score_memory_gb", "memory of scoring, GB"),
+    ("importance_memory_gb", "memory of importance, GB"), ("train_memory_gb", "memory of training, GB"),
 )  # fmt: skip
 _HELDOUT_COLUMNS = (
     ("round", "after round"), ("reward", "held-out reward"), ("distinct_bigrams", "distinct bigrams"),
@@ -172,6 +173,8 @@ def build_card(
         license=None,
     )
     what = "prompts" if isinstance(args, RoundsConfig) and trainer._makes_rows else "preferences"
+    if getattr(trainer, "_offline", None) is not None:
+        what = "prompts and responses"
     method, how, results = _about(trainer)
     return ModelCard.from_template(
         data,
@@ -452,6 +455,9 @@ def _configuration(args: Any, sft_dataset_name: str | None) -> dict[str, Any]:
         shown["reward_funcs"] = [public_name(str(name)) for name in names]
     if isinstance(ranker, str):
         shown["ranker"] = public_name(ranker)
+    if _hub_id(getattr(args, "offline_dataset_name", None)) is None:
+        for name in ("offline_dataset_name", "offline_dataset_config", "offline_dataset_split"):
+            shown.pop(name, None)
     if sft_dataset_name is None:
         for name in ("sft_dataset_name", "sft_dataset_config", "sft_dataset_split"):
             shown.pop(name, None)

@@ -346,7 +346,8 @@ class RolloutsTrainer(RoundsTrainer):
             return
         if self.round_data_builder is not None:
             raise ConfigurationError(
-                "`round_data_builder` is set, but `train_dataset` holds prompts to sample for: use one of the two."
+                "`round_data_builder` is set, but each round makes its rows of `train_dataset` itself: use one of the "
+                "two."
             )
         wanted = self.args.prompts_per_round
         available = len(self._folds[0]) if self._folds else len(self._prepared_train_dataset)

@@ -100,12 +100,12 @@ def read_responses(dataset: Any, where: str, config: SPRConfig) -> Responses:
     logps = config.behavior_logps_column
     names = [REWARD] + ([logps] if logps else [])
     if pairs:
-        if REWARD in columns:
+        for name in sorted(columns & set(names)):
             raise ConfigurationError(
-                f"{where} has preference pairs with one column `{REWARD}`: give each response its own, as "
-                f"`chosen_{REWARD}` and `rejected_{REWARD}`, or leave it out."
+                f"{where} has preference pairs with one column `{name}`: give each response its own, as "
+                f"`chosen_{name}` and `rejected_{name}`, or leave it out."
             )
-        dataset = _expanded(dataset, names)
+        dataset = _expanded(dataset, where, names)
     if logps and logps not in dataset.column_names:
         wanted = f"`chosen_{logps}` and `rejected_{logps}`" if pairs else f"`{logps}`"
         raise ConfigurationError(
@@ -123,10 +123,15 @@ def read_responses(dataset: Any, where: str, config: SPRConfig) -> Responses:
     return Responses(rows, rewards, behavior, where)
 
 
-def _expanded(dataset: Any, names: Sequence[str]) -> Any:
+def _expanded(dataset: Any, where: str, names: Sequence[str]) -> Any:
     """One row a response, chosen before rejected, from pairs whose prompt may be inside the responses."""
     if "prompt" not in dataset.column_names:
         dataset = dataset.map(extract_prompt, desc="Extracting the prompts of the offline pairs")
+    for name in names:
+        missing = [half for half in (f"chosen_{name}", f"rejected_{name}") if half not in dataset.column_names]
+        if len(missing) == 1:
+            there = ({f"chosen_{name}", f"rejected_{name}"} - set(missing)).pop()
+            raise ConfigurationError(f"{where} has `{there}`, but no `{missing[0]}`: give both, or none.")
     own = [name for name in names if {f"chosen_{name}", f"rejected_{name}"} <= set(dataset.column_names)]
     gone = {"chosen", "rejected", *(f"{kind}_{name}" for name in own for kind in ("chosen", "rejected"))}
     kept = [name for name in dataset.column_names if name not in gone]
@@ -168,7 +173,7 @@ def _check_texts(dataset: Any, where: str, pairs: bool) -> None:
                 f"{here}: the response is {completion!r:.60}, but has to be "
                 + ("a list of messages, as the prompt is." if messages else "text, as the prompt is.")
             )
-        text = completion if isinstance(completion, str) else "".join(str(turn.get("content")) for turn in completion)
+        text = completion if isinstance(completion, str) else _content(completion)
         key = repr(prompt)
         if text.strip():
             answered[key] = None
@@ -181,6 +186,10 @@ def _check_texts(dataset: Any, where: str, pairs: bool) -> None:
             + (f" (and of {len(empty) - 1} other prompts)" if len(empty) > 1 else "")
             + ": leave those rows out."
         )
+
+
+def _content(messages: list[Any]) -> str:
+    return "".join(str(turn.get("content") or "") for turn in messages if isinstance(turn, dict))
 
 
 def _texts(dataset: Any) -> Iterator[dict[str, Any]]:

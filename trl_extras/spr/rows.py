@@ -116,6 +116,7 @@ def weigh(
     weights, equal = np.zeros(len(responses)), np.zeros(len(responses), dtype=bool)
     sizes: list[float] = []
     shares: list[float] = []
+    told_apart: list[float] = []
     spreads: list[float] = []
     clipped = equal_groups = 0
     for size, members_of in by_size.items():
@@ -123,7 +124,8 @@ def weigh(
         of_group, ratio = torch.from_numpy(rewards[places]), torch.from_numpy(ratios[places])
         found = policy_weights(of_group, temperature, ratio, clip)
         weights[places] = found.numpy()
-        spread = of_group.amax(dim=1) - of_group.amin(dim=1)
+        # A difference of two finite rewards can be too large for a number, and what is said has to be finite.
+        spread = (of_group.amax(dim=1) - of_group.amin(dim=1)).clamp(max=1e300)
         same = spread == 0
         equal[places[same.numpy()]] = True
         effective = effective_sample_size(found)
@@ -135,6 +137,7 @@ def weigh(
                 equal_groups += int(same[row])
             if not same[row]:
                 spreads.append(float(spread[row]))
+                told_apart += [] if alone else [float(effective[row])]
         if clip is not None:
             middle = ratio.sort(dim=1).values[:, (size - 1) // 2, None]
             clipped += int(((ratio - middle).abs() > clip)[torch.from_numpy(known[places])].sum())
@@ -143,6 +146,7 @@ def weigh(
         "equal_groups": equal_groups,
         "effective_sample_size": float(np.mean(sizes)) if sizes else None,
         "effective_share": float(np.mean(shares)) if shares else None,
+        "effective_where_unequal": float(np.mean(told_apart)) if told_apart else None,
         "singletons": len(single),
         "singletons_effective": None,
         "weight_max": float(weights.max()),

@@ -15,6 +15,7 @@ are made is our derivation, in `docs/spr.md`.
 
 from __future__ import annotations
 
+import copy
 import math
 import textwrap
 import time
@@ -49,8 +50,16 @@ logger = logging.get_logger(__name__)
 WEIGHT = "weight"
 _IGNORED = -100
 _PHASES = ("sample", "score", "importance", "train")
-# Below it a prompt teaches hardly more than one of its responses.
-_SMALL_SAMPLE = 1.2
+# Below it a prompt teaches hardly more than one of its responses; of prompts with one response, which are one group,
+# it is this share.
+_SMALL_SAMPLE, _SMALL_SHARE = 1.2, 0.05
+# What is said of a round's weights, in the order in which it is read.
+_SAID = (
+    "online_rows", "offline_rows", "offline_responses", "repeated_rows", "groups", "equal_groups", "skipped_groups",
+    "singletons", "effective_sample_size", "effective_share", "effective_where_unequal", "singletons_effective",
+    "weight_max", "offline_weight_share", "offline_reward_mean", "reward_spread", "ratios_clipped", "empty",
+    "importance_seconds",
+)  # fmt: skip
 
 
 class SPRTrainer(RolloutsTrainer, SFTTrainer):
@@ -139,11 +148,28 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
                 raise ConfigurationError(
                     f"`{name}` does not work with SPR: the loss is that of whole responses to prompts. Leave it out."
                 )
+        if isinstance(train, datasets.IterableDataset):
+            raise ConfigurationError(
+                "A streaming `train_dataset` does not work with SPR: a round is a whole number of epochs. Load the "
+                "dataset without streaming."
+            )
+        evaluation = given.get("eval_dataset")
+        for dataset in evaluation.values() if isinstance(evaluation, dict) else [evaluation]:
+            if {"chosen", "rejected"} <= set(getattr(dataset, "column_names", None) or ()):
+                raise ConfigurationError(
+                    "`eval_dataset` holds preference pairs, but SPR measures the loss of rows with a `completion`, or "
+                    "the reward of prompts alone: give one of these."
+                )
         self._given_train = train
         self._read_offline(train, config)
         if self._offline is None:
             self._check_without_offline(config)
         super()._check_arguments(given, config)
+        if config.num_generations > 0 and self._offline is not None and self._offline.where != "`train_dataset`":
+            # Its responses, if it has any, are not used; its prompts are.
+            prompts = without(train, {"completion", "chosen", "rejected"})
+            if "prompt" in prompts.column_names:
+                self._check_prompts(prompts, {}, config)
 
     def _read_offline(self, train: Any, config: SPRConfig) -> None:
         """Find the offline responses and check them as far as that goes without a tokenizer."""
@@ -158,7 +184,11 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
                 "conversations have to be split into `prompt` and `completion`."
             )
         if offline is not None:
-            if has_responses(train):
+            if config.num_generations == 0:
+                logger.warning(
+                    f"{where} is given and `num_generations` is 0, so that `train_dataset` is not used at all."
+                )
+            elif has_responses(train):
                 logger.warning(
                     f"{where} is given, so that the responses in `train_dataset` are not used, its prompts alone."
                 )
@@ -180,6 +210,9 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
                     f"`{name}` is {getattr(config, name)!r}, but there are no offline responses: give `train_dataset` "
                     "a column `completion`, or pass an `offline_dataset`, or leave it out."
                 )
+
+    def _what_rounds(self) -> str:
+        return "SPR, where each round makes its rows"
 
     def _is_prompts(self, dataset: Any) -> bool:
         columns = getattr(dataset, "column_names", None)
@@ -287,33 +320,38 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
 
     def _prepare_offline(self, offline: Responses, processing_class: Any, args: Any) -> Responses:
         """Offline responses as SFTTrainer would have them, with the tokens of their prompts."""
-        number = len(offline)
-        rows = offline.rows.add_column("_row", list(range(number)))
+        number, limit = len(offline), args.max_length
+        # Upstream looks at some other columns too, by their names, and adds the end of text to what reward functions
+        # are to see: it gets what it needs, and the rest goes beside what it made.
+        wanted = [
+            name for name in ("prompt", "completion", "chat_template_kwargs") if name in offline.rows.column_names
+        ]
+        rows = offline.rows.select_columns(wanted).add_column("_row", list(range(number)))
         rows = self._with_prompt_ids(rows, processing_class, args, "offline")
-        texts = rows.select_columns(["prompt", "completion"])
+        if limit is not None and offline.behavior is not None:
+            # One token more tells a response that would be cut from one that just fits.
+            args = copy.copy(args)
+            args.max_length = limit + 1
         rows = super()._prepare_dataset(rows, processing_class, args, False, None, "offline")
         kept = rows["_row"]
         if not kept:
-            raise ConfigurationError(
-                f"{offline.where}: the prompts alone fill `max_length` ({args.max_length}): raise it."
-            )
+            raise ConfigurationError(f"{offline.where}: the prompts alone fill `max_length` ({limit}): raise it.")
         if len(kept) < number:
             logger.warning(
                 f"{number - len(kept)} of {number} responses of {offline.where} are left out, because their prompts "
-                f"alone fill `max_length` ({args.max_length})."
+                f"alone fill `max_length` ({limit})."
             )
-        # Upstream has added the end of text to what reward functions are to see.
-        texts, rows = texts.select(kept), without(rows, {"_row", "prompt", "completion"})
-        rows = datasets.concatenate_datasets([texts, rows], axis=1)
-        answers = [[token for token in labels if token != _IGNORED] for labels in rows["labels"]]
-        rows = rows.add_column("completion_ids", answers)
-        if args.max_length is not None and offline.behavior is not None:
-            cut = sum(len(ids) >= args.max_length for ids in rows["input_ids"])
+        if limit is not None and offline.behavior is not None:
+            cut = sum(len(ids) > limit for ids in rows["input_ids"])
             if cut:
                 raise ConfigurationError(
-                    f"{offline.where}: {cut} responses are cut at `max_length` ({args.max_length}), but their "
-                    "log-probabilities are those of the whole response: raise `max_length`, or leave them out."
+                    f"{offline.where}: {cut} responses are cut at `max_length` ({limit}), but their log-probabilities "
+                    "are those of the whole response: raise `max_length`, or leave them out."
                 )
+        rows = rows.select_columns(["prompt_ids", "input_ids", "labels"])
+        rows = datasets.concatenate_datasets([offline.rows.select(kept), rows], axis=1)
+        answers = [[token for token in labels if token != _IGNORED] for labels in rows["labels"]]
+        rows = rows.add_column("completion_ids", answers)
         behavior = None if offline.behavior is None else offline.behavior[kept]
         return Responses(rows, offline.rewards[kept], behavior, offline.where)
 
@@ -660,20 +698,25 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         return built, said
 
     def _warn_of_small_samples(self, round_index: int, said: dict[str, Any]) -> None:
-        effective = said["effective_sample_size"]
-        if effective is None:
-            effective = said["singletons_effective"] if said["singletons"] > 1 else None
-        if self._told_of_small_samples or effective is None or effective >= _SMALL_SAMPLE:
+        if self._told_of_small_samples:
             return
-        if said["groups"] and said["groups"] == said["equal_groups"]:
+        advice = f"Raise `reward_temperature`, which is {self.args.reward_temperature:g}, so that more of them count."
+        effective, alone = said["effective_where_unequal"], said["singletons"]
+        if effective is not None and effective < _SMALL_SAMPLE:
+            message = (
+                f"the effective sample size is {effective:.2f} where rewards differ, so that a prompt teaches hardly "
+                f"more than its best response. Rewards differ by {said['reward_spread']:.3g} there on average. "
+                f"{advice}"
+            )
+        elif alone > 1 and said["singletons_effective"] < max(_SMALL_SAMPLE, _SMALL_SHARE * alone):
+            message = (
+                f"{alone} prompts with one response each are worth {said['singletons_effective']:.1f} responses, so "
+                f"that hardly any but the best is learnt from. {advice}"
+            )
+        else:
             return
         self._told_of_small_samples = True
-        logger.warning(
-            f"Round {round_index + 1}: the effective sample size is {effective:.2f}, so that a prompt teaches hardly "
-            f"more than its best response. Rewards of a prompt differ by {said['reward_spread']:.3g} on average: a "
-            f"`reward_temperature` of a third of that lets more of them count; it is "
-            f"{self.args.reward_temperature:g}."
-        )
+        logger.warning(f"Round {round_index + 1}: {message}")
 
     # ---- Measuring ----
 
@@ -700,7 +743,11 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
             peak = self._memory.peaks.get(name)
             summary[f"{name}_memory_gb"] = None if peak is None else round(peak / 1e9, 3)
         manifest = RoundFolder(self._output_dir, round_index).manifest() or {}
-        summary |= manifest.get("spr") or {}
+        said = manifest.get("spr") or {}
+        summary |= {name: said[name] for name in _SAID if name in said}
+        # The round's steps are over, and the next one's start afresh: room for what measures.
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer.state.clear()
         super()._measure_iterate(round_index, summary)
         self._memory.peaks.clear()
 
