@@ -378,6 +378,35 @@ def test_an_adapter_that_could_not_be_resumed_is_refused(base: Path, tmp_path: P
         make_spr(model, tmp_path, make_prompts(), reward_funcs=threes)
 
 
+def test_an_adapter_of_another_name_is_trained_too(base: Path, tmp_path: Path) -> None:
+    from peft import get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(**LORA), adapter_name="mine")
+    trainer = make_spr(model, tmp_path, make_prompts(), reward_funcs=threes, keep_iterates=True)
+    trainer.train()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "_rounds/iterates/2", dtype=torch.float32)
+    trainer.model.eval()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.allclose(loaded(ids).logits, trainer.model(ids).logits, atol=1e-5)
+    assert trainer.round_summaries[0]["update_norm"] > 0
+
+
+def test_rollouts_of_another_model_below_the_adapter_are_set_aside(base: Path, tmp_path: Path) -> None:
+    """A fresh adapter has the same bits on every model of one shape."""
+    other = tiny.save_model(tmp_path / "other", seed=7)
+    found = []
+    for model in (base, other):
+        peft = LoraConfig(**LORA)
+        trainer = make_spr(
+            model, tmp_path / "out", make_prompts(), reward_funcs=threes, peft_config=peft, num_rounds=1
+        )
+        trainer.train()
+        found.append(rows_of(tmp_path / "out", 0)["input_ids"])
+    assert found[0] != found[1]
+
+
 # ---- Resuming ----
 
 
@@ -433,6 +462,55 @@ def test_other_offline_responses_are_refused_when_resuming(base: Path, tmp_path:
         make([0.2] * 12).train(resume_from_checkpoint="last")
 
 
+def test_a_start_that_is_refused_leaves_the_run_that_was_there(base: Path, tmp_path: Path) -> None:
+    """An edited reward, whose old answers about the offline responses are on disk."""
+    source = "def score(completions, **_): return [{} * len(text) for text in completions]"
+    (tmp_path / "rewards.py").write_text(source.format(0.1))
+
+    def make(**more: Any) -> SPRTrainer:
+        sys.modules.pop(next((name for name in sys.modules if name.startswith("_trl_extras_rewards_")), ""), None)
+        return make_spr(
+            base, tmp_path / "out", tiny.make_sft_rows(12), num_generations=0, save_strategy="epoch",
+            reward_funcs=f"{tmp_path / 'rewards.py'}:score", **more,
+        )  # fmt: skip
+
+    make().train()
+    before = (tmp_path / "out/_rounds/run.json").read_text()
+    (tmp_path / "rewards.py").write_text(source.format(0.2))
+    with pytest.raises(ValueError, match="'score' has been edited since it judged the rollouts on disk"):
+        make().train()
+    assert (tmp_path / "out/_rounds/run.json").read_text() == before
+    (tmp_path / "rewards.py").write_text(source.format(0.1))
+    again = make(num_rounds=3, round_data="split")
+    again.train(resume_from_checkpoint="last")
+    assert [summary["round"] for summary in again.round_summaries] == [0, 1, 2]
+
+
+def test_offline_responses_are_scored_once(base: Path, tmp_path: Path) -> None:
+    """Whatever part of them a round draws; also by a run that resumes."""
+    asked: list[str] = []
+
+    def score(completions: Sequence[str], **_: Any) -> list[float]:
+        asked.extend(completions)
+        return lengths(completions)
+
+    def make(**more: Any) -> SPRTrainer:
+        return make_spr(
+            base, tmp_path, make_prompts(4), offline_dataset=tiny.make_sft_rows(24, seed=5), reward_funcs=score,
+            num_generations=1, offline_ratio=0.7, round_data="reuse", num_rounds=4, save_strategy="epoch", **more,
+        )  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        make(callbacks=[StopAt(21)]).train()
+    resumed = make()
+    resumed.train(resume_from_checkpoint="last")
+    offline = set(tiny.make_sft_rows(24, seed=5)["completion"])
+    scored = [text for text in asked if text in offline]
+    assert len(scored) > 9
+    assert len(scored) == len(set(scored))
+    assert {summary["offline_rows"] for summary in resumed.round_summaries} == {9}
+
+
 # ---- One model at a time ----
 
 
@@ -467,7 +545,7 @@ def test_phases_tell_their_memory(base: Path, tmp_path: Path) -> None:
     for summary in trainer.round_summaries:
         for phase in ("sample", "score", "importance", "train"):
             # A process that has imported torch takes more than a tenth of a gigabyte.
-            assert (0.0 if phase == "importance" else 0.1) < (summary[f"{phase}_memory_gb"] or 1.0) < 100
+            assert 0.1 < summary[f"{phase}_memory_gb"] < 100, phase
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

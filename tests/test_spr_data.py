@@ -403,7 +403,9 @@ STREAMS = "(?i)stream.*`train_dataset`|`train_dataset`.*stream"
         ({"data": rows({"prompt": [*USER, *BOT], "completion": BOT})}, "row 0: the prompt has to end with a message"),
         ({"data": rows({"prompt": USER, "completion": "w1"})}, "row 0: the response is 'w1', but has to be a list of"),
         ({"data": rows({"prompt": "w1", "completion": BOT})}, "row 0: the response is .* but has to be text, as the"),
-        ({"data": rows({"prompt": "w1", "completion": None})}, "row 0: the response is None, but has to be text"),
+        ({"offline_dataset": rows({"prompt": "w1", "completion": None})()},
+         "row 0: the response is None, but has to be text"),
+        ({"data": rows({"prompt": "w1", "completion": None}), "num_generations": 0}, "there are no offline responses"),
         ({"data": rows({"prompt": USER, "completion": BOT}, {"prompt": USER, "completion": []})},
          r"row 1: the response is \[\], but has to be a list of messages"),
         # The rounds.
@@ -1407,8 +1409,29 @@ def test_skipped_samples_make_room_for_offline_rows(make: Any) -> None:
     assert len(found) == 24
     assert all(row["offline"] for row in found)
     assert trainer.round_summaries[0]["skipped_groups"] == 6
-    with pytest.raises(ConfigurationError, match="Round 1: the responses of every prompt have equal rewards, and "):
-        make("none", data=prompts_of(), reward_funcs=flat, skip_equal_groups=True).train()
+
+
+def test_a_round_of_equal_rewards_alone_is_trained_on(make: Any, said: Any) -> None:
+    def flat(prompts: list[str], **kwargs: Any) -> list[float]:
+        return [0.5] * len(prompts)
+
+    trainer = make(data=prompts_of(), reward_funcs=flat, skip_equal_groups=True, num_rounds=1)
+    (found,) = train(trainer)
+    assert "Round 1: the responses of every prompt have equal rewards, so that" in said.text
+    assert {row["weight"] for row in found} == {1.0}
+    assert trainer.round_summaries[0]["skipped_groups"] == 0
+
+
+@pytest.mark.parametrize("answered", [2, 0])
+def test_rows_without_a_response_are_prompts(make: Any, answered: int) -> None:
+    """As with demonstrations for some of the prompts only."""
+    data = answers()
+    completions = [text if i < answered else None for i, text in enumerate(data["completion"])]
+    data = data.remove_columns("completion").add_column("completion", completions)
+    trainer = make(data=data, reward_funcs=threes, num_rounds=1)
+    (found,) = train(trainer)
+    assert {prompt_of(row) for row in found if not row["offline"]} == {ids(prompt) for prompt in data["prompt"]}
+    assert trainer.round_summaries[0]["offline_responses"] == answered
 
 
 class Silent(TransformersSampler):

@@ -455,6 +455,9 @@ def _configuration(args: Any, sft_dataset_name: str | None) -> dict[str, Any]:
         shown["reward_funcs"] = [public_name(str(name)) for name in names]
     if isinstance(ranker, str):
         shown["ranker"] = public_name(ranker)
+    template = shown.get("chat_template_path")
+    if template is not None and _hub_id(str(template)) is None:
+        shown["chat_template_path"] = Path(str(template)).name
     if _hub_id(getattr(args, "offline_dataset_name", None)) is None:
         for name in ("offline_dataset_name", "offline_dataset_config", "offline_dataset_split"):
             shown.pop(name, None)

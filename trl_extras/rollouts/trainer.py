@@ -44,6 +44,8 @@ logger = logging.get_logger(__name__)
 _LEAST_PAIR_RATE = 0.1
 # After so many prompts without a single pair no further ones are sampled: whatever judges does not tell them apart.
 _HOPELESS = 64
+# Completions a prompt that batches are made for where none are sampled to train on.
+_FEW_GENERATIONS = 5
 _STATISTICS = (
     "prompts", "samples", "tokens", "mean_length", "share_cut", "distinct_bigrams", "sample_seconds", "score_seconds",
     "tokens_per_second", "reward_mean", "reward_best", "reward_worst", "pairs", "ties", "repeated", "empty", "rewards",
@@ -521,7 +523,7 @@ class RolloutsTrainer(RoundsTrainer):
 
     def _batch_prompts(self, num_generations: int) -> int:
         """Prompts a batch: as many completions at a time, however many each prompt has."""
-        return max(self.args.batch_prompts * max(self.args.num_generations, 1) // num_generations, 1)
+        return max(self.args.batch_prompts * (self.args.num_generations or _FEW_GENERATIONS) // num_generations, 1)
 
     def _sampling_settings(self) -> SamplingSettings:
         args, tokenizer = self.args, self._text_tokenizer()

@@ -13,6 +13,7 @@ What has to survive between rounds: the interface to "the weights", and the fold
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from abc import ABC, abstractmethod
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 import xxhash
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
@@ -238,6 +240,14 @@ class AdapterWeights(FullWeights):
 
     def __init__(self, model: torch.nn.Module):
         super().__init__(model)
+        active = getattr(model, "active_adapters", [])
+        if len(active) != 1:
+            raise ConfigurationError(
+                f"The model has {len(active)} active adapters ({', '.join(active)}), but rounds train one: make one "
+                "of them active."
+            )
+        self._adapter = str(active[0])
+        self._below: str | None = None
         trained = {p.data_ptr() for p in model.parameters() if p.requires_grad}
         if trained - {tensor.data_ptr() for _, tensor in self._parameters()}:
             raise ConfigurationError(
@@ -249,15 +259,34 @@ class AdapterWeights(FullWeights):
         from peft import get_peft_model_state_dict
 
         # Tensors that share their memory with the live ones.
-        yield from get_peft_model_state_dict(self.model, save_embedding_layers=False).items()
+        state = get_peft_model_state_dict(self.model, adapter_name=self._adapter, save_embedding_layers=False)
+        yield from state.items()
 
     def _trained(self) -> Iterator[tuple[str, Tensor]]:
         yield from self._parameters()
 
     def save(self, folder: Path, write: bool) -> None:
-        if write:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.model.save_pretrained(folder)  # type: ignore[operator]
+        if not write:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not by the model's own method: that gives an adapter of another name than peft's default a folder of its own.
+        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self._parameters()}
+        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config: Any = copy.deepcopy(self.model.peft_config[self._adapter])  # type: ignore[index]
+        config.inference_mode = True
+        config.save_pretrained(str(folder))
+
+    def fingerprint(self) -> str:
+        """Of the adapter and of what lies below it: a fresh adapter has the same bits on every model of one shape."""
+        if self._below is None:
+            digest = xxhash.xxh3_128()
+            own = {tensor.data_ptr() for _, tensor in self._parameters()}
+            for name, parameter in self.model.named_parameters():
+                if parameter.data_ptr() not in own:
+                    digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)}".encode())
+                    digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            self._below = digest.hexdigest()
+        return xxhash.xxh3_128_hexdigest(f"{super().fingerprint()} {self._below}".encode())
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:

@@ -184,7 +184,7 @@ class RoundsTrainer(WholeCheckpoints):
         if not self._trains_adapters and (peft_config is not None or hasattr(model, "peft_config")):
             found.append(("A PEFT adapter", "rounds train full weights so far. Leave the adapter away."))
         if given.get("quantization_config") is not None or getattr(model, "is_quantized", False):
-            found.append(("A quantized model", "rounds train full weights so far. Load the model unquantized."))
+            found.append(("A quantized model", "rounds keep unquantized weights so far. Load it unquantized."))
         # `accelerate launch` tells of its configuration in the environment alone until the trainer is made.
         if config.deepspeed or getattr(config, "deepspeed_plugin", None) is not None or asked_for("DEEPSPEED"):
             found.append(("DeepSpeed", "rounds need every weight on every process so far. Use DDP."))

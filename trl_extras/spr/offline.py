@@ -16,6 +16,7 @@ from .config import SPRConfig
 
 
 REWARD = "reward"
+TRAINING_SET = "`train_dataset`"
 # What a dataset's own columns may be called without getting in the way.
 _OWN = {"prompt_ids", "completion_ids", "input_ids", "labels", "completion_mask", "assistant_masks"}
 
@@ -47,12 +48,23 @@ class Responses:
         behavior = None if self.behavior is None else self.behavior[chosen]
         return replace(self, rows=self.rows.select(chosen), rewards=self.rewards[chosen], behavior=behavior)
 
-    def prompts(self) -> Any:
-        """Each prompt once, in order, with the columns of its first response; after preparation."""
-        first: dict[tuple[int, ...], int] = {}
-        for index, ids in enumerate(self.rows["prompt_ids"]):
-            first.setdefault(tuple(ids), index)
-        return without(self.rows.select(list(first.values())), {"completion", *_OWN} - {"prompt_ids"})
+
+def prompts_of(dataset: Any, config: SPRConfig) -> Any:
+    """The prompts of a dataset that may hold responses too, with whatever reward functions may want of its columns."""
+    if "prompt" not in dataset.column_names:
+        dataset = dataset.map(extract_prompt, desc="Extracting the prompts of the training pairs")
+    gone = {"completion", "chosen", "rejected"}
+    for name in (REWARD, config.behavior_logps_column):
+        gone |= {f"{kind}{name}" for kind in ("", "chosen_", "rejected_")} if name else set()
+    return without(dataset, gone)
+
+
+def each_once(prompts: Any) -> Any:
+    """Each prompt once, in order, with the columns of its first row."""
+    first: dict[tuple[int, ...], int] = {}
+    for index, ids in enumerate(prompts["prompt_ids"]):
+        first.setdefault(tuple(ids), index)
+    return prompts if len(first) == len(prompts) else prompts.select(list(first.values()))
 
 
 def without(dataset: Any, columns: set[str]) -> Any:
@@ -66,10 +78,10 @@ def has_responses(dataset: Any) -> bool:
     return isinstance(columns, list) and bool({"completion", "chosen", "rejected"} & set(columns))
 
 
-def read_responses(dataset: Any, where: str, config: SPRConfig) -> Responses:
+def read_responses(dataset: Any, where: str, config: SPRConfig) -> Responses | None:
     """
     The responses of a dataset of completions (`prompt`, `completion`) or preference pairs (`prompt`, `chosen`,
-    `rejected`), checked.
+    `rejected`), checked. A row of the training set whose completion is None is a prompt alone; None if all are.
 
     Raises:
         ValueError: naming the column and the row that cannot be used, and what is wanted.
@@ -111,16 +123,24 @@ def read_responses(dataset: Any, where: str, config: SPRConfig) -> Responses:
         raise ConfigurationError(
             f"`behavior_logps_column` is {logps!r}, but {where} has no {wanted} (its columns: {sorted(columns)})."
         )
-    _check_texts(dataset, where, pairs)
+    # A training set may hold prompts with a response and prompts without.
+    mixed = where == TRAINING_SET and not pairs
+    answered = [completion is not None or not mixed for completion in dataset["completion"]]
+    _check_texts(dataset, where, pairs, answered)
     rewards, behavior = np.full(len(dataset), np.nan), None
     if REWARD in dataset.column_names:
-        rewards = _numbers(dataset, REWARD, where, "a finite number, or nothing where it is to be scored", pairs, True)
+        wants = "a finite number, or nothing where it is to be scored"
+        rewards = _numbers(dataset, REWARD, where, wants, pairs, [True] * len(dataset))
     if logps:
-        behavior = _numbers(dataset, logps, where, "a log-probability, finite and at most 0, in nats", pairs, False)
+        wants = "a log-probability, finite and at most 0, in nats"
+        behavior = _numbers(dataset, logps, where, wants, pairs, [not there for there in answered])
         for index in np.flatnonzero(behavior > 0)[:1]:
             _refuse(int(index), behavior[index], where, logps, "at most 0: a log-probability, in nats", pairs)
-    rows = without(dataset, set(names))
-    return Responses(rows, rewards, behavior, where)
+    responses = Responses(without(dataset, set(names)), rewards, behavior, where)
+    kept = np.flatnonzero(answered)
+    if len(kept) == len(responses):
+        return responses
+    return responses.select(kept) if len(kept) else None
 
 
 def _expanded(dataset: Any, where: str, names: Sequence[str]) -> Any:
@@ -155,7 +175,7 @@ def _row(index: int, pairs: bool) -> str:
     return f"row {index // 2} ({('chosen', 'rejected')[index % 2]})" if pairs else f"row {index}"
 
 
-def _check_texts(dataset: Any, where: str, pairs: bool) -> None:
+def _check_texts(dataset: Any, where: str, pairs: bool, there: Sequence[bool]) -> None:
     """Prompts and responses of one kind, and no prompt with nothing but empty responses."""
     answered: dict[str, int | None] = {}
     for index, row in enumerate(_texts(dataset)):
@@ -168,6 +188,8 @@ def _check_texts(dataset: Any, where: str, pairs: bool) -> None:
             )
         if messages and (not prompt or not isinstance(prompt[-1], dict) or prompt[-1].get("role") == "assistant"):
             raise ConfigurationError(f"{here}: the prompt has to end with a message that is not the assistant's.")
+        if not there[index]:
+            continue
         if isinstance(completion, list) != messages or not isinstance(completion, (str, list)) or completion == []:
             raise ConfigurationError(
                 f"{here}: the response is {completion!r:.60}, but has to be "
@@ -196,10 +218,10 @@ def _texts(dataset: Any) -> Iterator[dict[str, Any]]:
     yield from dataset.select_columns(["prompt", "completion"])
 
 
-def _numbers(dataset: Any, name: str, where: str, wants: str, pairs: bool, may_lack: bool) -> np.ndarray:
+def _numbers(dataset: Any, name: str, where: str, wants: str, pairs: bool, may_lack: Sequence[bool]) -> np.ndarray:
     values = np.empty(len(dataset))
     for index, value in enumerate(dataset[name]):
-        if value is None and may_lack:
+        if value is None and may_lack[index]:
             values[index] = np.nan
             continue
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
@@ -210,6 +232,3 @@ def _numbers(dataset: Any, name: str, where: str, wants: str, pairs: bool, may_l
 
 def _refuse(index: int, value: Any, where: str, name: str, wants: str, pairs: bool) -> None:
     raise ConfigurationError(f"{where}, {_row(index, pairs)}: `{name}` is {value!r:.60}, but wants {wants}.")
-
-
-__all__ = ["REWARD", "Responses", "has_responses", "read_responses", "without"]

@@ -21,15 +21,17 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 import xxhash
+from accelerate.data_loader import prepare_data_loader
 from tqdm.auto import tqdm
 from transformers.utils import logging
-from trl import SFTTrainer, extract_prompt
+from trl import SFTTrainer
 
 from .. import named_data
 from ..errors import ConfigurationError
@@ -40,7 +42,7 @@ from ..rollouts.trainer import RolloutsTrainer, _Task, is_prompts
 from ..rounds.state import RoundFolder
 from ..rounds.trainer import rows_fingerprint
 from .config import SPRConfig
-from .offline import Responses, has_responses, read_responses, without
+from .offline import TRAINING_SET, Responses, each_once, has_responses, prompts_of, read_responses, without
 from .phases import PhaseMemory
 from .rows import Counts, Response, counts_of_round, rows_of_run, taken, weigh
 
@@ -130,6 +132,11 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         super().__init__(*args, **kwargs)
         self._memory = PhaseMemory(self.accelerator.device)
         self.data_collator: Any = WeightedCollator(self.data_collator)
+        if isinstance(self._judge, Rewards) and self.accelerator.device.type != "cpu":
+            for reward in self._judge.rewards:
+                # One that was passed already loaded waits for its phase elsewhere, too.
+                if reward.model is not None:
+                    reward.model.to("cpu")
         cut_away = self.args.truncates
         if cut_away and self.args.num_generations > 0:
             logger.warning(
@@ -165,7 +172,7 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         if self._offline is None:
             self._check_without_offline(config)
         super()._check_arguments(given, config)
-        if config.num_generations > 0 and self._offline is not None and self._offline.where != "`train_dataset`":
+        if config.num_generations > 0 and self._offline is not None and self._offline.where != TRAINING_SET:
             # Its responses, if it has any, are not used; its prompts are.
             prompts = without(train, {"completion", "chosen", "rejected"})
             if "prompt" in prompts.column_names:
@@ -193,9 +200,15 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
                     f"{where} is given, so that the responses in `train_dataset` are not used, its prompts alone."
                 )
         elif isinstance(train, datasets.Dataset) and has_responses(train):
-            offline, where = train, "`train_dataset`"
+            offline, where = train, TRAINING_SET
         if offline is not None:
             self._offline = read_responses(offline, where, config)
+            unanswered = len(offline) - len(self._offline or ()) if "completion" in offline.column_names else 0
+            if unanswered and config.num_generations == 0:
+                logger.warning(
+                    f"{unanswered} of {len(offline)} rows of {where} have no response and are not used, because "
+                    "`num_generations` is 0."
+                )
 
     @staticmethod
     def _check_without_offline(config: SPRConfig) -> None:
@@ -274,6 +287,12 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         # What is in the rows is compared, not where they lie.
         for name in ("offline_dataset_name", "offline_dataset_config", "offline_dataset_split"):
             fields.pop(name, None)
+        template = Path(str(config.chat_template_path))
+        if config.chat_template_path is not None and template.is_file():
+            # What is in it, not where it lies.
+            fields["chat_template_path"] = f"xxh3:{xxhash.xxh3_128_hexdigest(template.read_bytes())}"
+        elif config.chat_template_path is not None and template.is_dir():
+            fields.pop("chat_template_path")
         return fields
 
     # ---- Data ----
@@ -284,29 +303,32 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         if dataset is self._given_train:
             self._given_train = None
             return self._prepare_train(dataset, processing_class, args)
+        name = named.get("dataset_name") or rest[-1]
+        if name == "train":
+            # A set for evaluation that somebody calls so.
+            name = "eval train"
+            rest, named = (*rest[:-1], name) if rest else rest, named | ({} if rest else {"dataset_name": name})
         prepared = super()._prepare_dataset(dataset, processing_class, args, *rest, **named)
         columns = getattr(prepared, "column_names", None) or []
         if self._judge is not None and "prompt" in columns and "prompt_ids" not in columns:
             # Rows whose loss is measured have prompts too, and those can be sampled for.
-            name = named.get("dataset_name") or rest[-1]
             prepared = self._with_prompt_ids(prepared, processing_class, args, name)
         return prepared
 
     def _prepare_train(self, dataset: Any, processing_class: Any, args: Any) -> Any:
         """The rows that are dealt to the rounds: prompts to sample for, or offline responses."""
-        mine = has_responses(dataset)
+        mine, own = has_responses(dataset), False
         if self._offline is not None:
-            own = self._offline.where == "`train_dataset`"
+            own = self._offline.where == TRAINING_SET
             self._offline = self._prepare_offline(self._offline, processing_class, args)
             if args.num_generations == 0:
                 return self._offline.rows
-            if own:
-                return self._fitting(self._offline.prompts(), args, "train")
-        if mine and "prompt" not in dataset.column_names:
-            dataset = dataset.map(extract_prompt, desc="Extracting the prompts of the training pairs")
-        if mine:
-            dataset = without(dataset, {"completion", "chosen", "rejected"})
-        return self._prepare_prompts(dataset, processing_class, args, "train")
+        prompts = prompts_of(dataset, args) if mine else dataset
+        if not own:
+            return self._prepare_prompts(prompts, processing_class, args, "train")
+        # A prompt with several responses is still one prompt. What they are has been looked at with the responses.
+        prompts = self._with_prompt_ids(prompts, processing_class, args, "train")
+        return self._fitting(each_once(prompts), args, "train")
 
     def _have_room(self, lengths: Any, args: Any) -> Any:
         long = int((lengths + args.max_completion_length > args.max_length).sum())
@@ -374,7 +396,7 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         self._told_of_small_samples = False
         super()._start_run(checkpoint)
         manifest = self._checkpoint_manifest(checkpoint) if checkpoint is not None else None
-        if manifest is not None and manifest.get("offline", self._offline_digest) != self._offline_digest:
+        if manifest is not None and manifest["offline"] != self._offline_digest:
             raise ConfigurationError(
                 "The offline responses are not those of the run that is resumed: pass those, or use another "
                 "`output_dir`."
@@ -426,7 +448,7 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         content = super()._state_content(round_index)
         if self._rows is not None:
             content |= {"planned_rows": len(self._rows)}
-        return content if self._offline is None else content | {"offline": self._offline_digest}
+        return content | {"offline": self._offline_digest}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -438,6 +460,11 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
     def _check_rollouts(self) -> None:
         if self.args.num_generations > 0 and self._ratio(0) < 1:
             super()._check_rollouts()
+        self._deal_offline()
+        if self._offline is not None:
+            _, lacking = self._scored_before(0)
+            if lacking:
+                self._offline_task(0, lacking).store.check()
 
     # ---- Phases ----
 
@@ -452,6 +479,11 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
             yield
             return
         model = self.accelerator.unwrap_model(self.model)
+        if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+            # It is spread over several accelerators, and moving it would put it all on one.
+            logger.warning_once("The policy is spread over several devices and stays there while rewards are scored.")
+            yield
+            return
         model.to("cpu")
         _empty_cache(device)
         try:
@@ -487,17 +519,13 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         statistics: dict[str, Any] | None = None
         responses: list[Response] = []
         empty = 0
-        order: list[int] = []
-        if self.args.num_generations > 0:
-            order = self._order_of(round_index)
         if samples:
             task = self._round_task(round_index, str(folder.whole_manifest()["policy"]))
             statistics = self._collect(task)
             sampled, empty = self._online(task)
             responses.extend(sampled)
         counts = self._counts(round_index)
-        chosen = self._offline_of(round_index, order, counts)
-        responses.extend(self._offline_responses(round_index, chosen))
+        responses.extend(self._offline_responses(round_index))
         seconds = self._importance(round_index, responses)
         weights, said, equal = weigh(responses, self.args.reward_temperature, self.args.clip)
         built, of_rows = self._rows_of(round_index, responses, weights, equal, counts)
@@ -547,8 +575,9 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
             logger.warning(f"{task.where}: {empty} prompts got nothing but empty responses and are left out.")
         return found, empty
 
-    def _offline_of(self, round_index: int, order: Sequence[int], counts: Counts) -> list[int]:
+    def _offline_of(self, round_index: int) -> list[int]:
         """Which offline responses take part in a round; those of the prompts that are sampled for come first."""
+        counts = self._counts(round_index)
         if self._offline is None or counts.offline == 0:
             return []
         if self.args.num_generations == 0:
@@ -558,7 +587,7 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         if len(pool) <= counts.offline:
             return pool
         prompts = self._prepared_train_dataset["prompt_ids"]
-        sampled = {tuple(prompts[position]) for position in order}
+        sampled = {tuple(prompts[position]) for position in self._order_of(round_index)}
         keys = self._offline.rows["prompt_ids"]
         draw = np.random.default_rng(batch_seed(self.args.seed, f"offline {round_index}", 0))
         shuffled = [pool[index] for index in draw.permutation(len(pool))]
@@ -566,12 +595,13 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         shuffled.sort(key=lambda index: tuple(keys[index]) not in sampled)
         return sorted(shuffled[: counts.offline])
 
-    def _offline_responses(self, round_index: int, chosen: list[int]) -> list[Response]:
+    def _offline_responses(self, round_index: int) -> list[Response]:
+        chosen = self._offline_of(round_index)
         if not chosen:
             return []
         assert self._offline is not None
         offline = self._offline.select(chosen)
-        rewards = self._offline_rewards(round_index, offline)
+        rewards = self._offline_rewards(round_index, chosen)
         columns = offline.rows.select_columns(["prompt_ids", "input_ids", "labels"])
         return [
             Response(
@@ -585,17 +615,42 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
             for index, row in enumerate(columns)
         ]
 
-    def _offline_rewards(self, round_index: int, offline: Responses) -> np.ndarray:
-        """Rewards of offline responses: their own, and those of the reward functions, asked once for the same rows."""
-        lacking = np.flatnonzero(np.isnan(offline.rewards))
-        if not len(lacking):
-            return offline.rewards
-        rows = without(offline.rows.select(lacking), {"input_ids", "labels"})
-        digest = rows_fingerprint(rows)
-        where = f"Round {round_index + 1}, offline responses"
-        # The policy has no part in it: rounds that train on the same responses have them scored once.
+    def _offline_rewards(self, round_index: int, chosen: list[int]) -> list[float]:
+        """Rewards of offline responses: their own, and those of the reward functions, asked once for each."""
+        assert self._offline is not None
+        known, lacking = self._scored_before(round_index)
+        if lacking:
+            task = self._offline_task(round_index, lacking)
+            self._collect(task)
+            known |= _scores_of(task, lacking)
+        return [known.get(index, float(self._offline.rewards[index])) for index in chosen]
+
+    def _scored_before(self, round_index: int) -> tuple[dict[int, float], list[int]]:
+        """The scores that earlier rounds have asked for, by response; and which of this round's are still to be."""
+        assert self._offline is not None
+        known: dict[int, float] = {}
+        for earlier in range(round_index + 1):
+            lacking = [
+                index
+                for index in self._offline_of(earlier)
+                if np.isnan(self._offline.rewards[index]) and index not in known
+            ]
+            if earlier == round_index:
+                break
+            task = self._offline_task(earlier, lacking) if lacking else None
+            if task is not None and task.store.finished() is not None:
+                # Also where the judge is another one by now, which is refused.
+                task.store.check()
+                known |= _scores_of(task, lacking)
+        return known, lacking
+
+    def _offline_task(self, round_index: int, lacking: list[int]) -> _Task:
+        """What there is to score of a round's offline responses; the policy has no part in it."""
+        assert self._offline is not None
+        rows = without(self._offline.rows.select(lacking), {"input_ids", "labels"})
+        digest, where = rows_fingerprint(rows), f"Round {round_index + 1}, offline responses"
         belongs_to = {"policy": "none", "prompts": digest}
-        task = _Task(
+        return _Task(
             store=self._store(f"offline-{digest[:16]}", belongs_to, 1, self._judge, where, for_training=True),
             prompts=rows,
             order=range(len(rows)),
@@ -607,12 +662,6 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
             for_training=True,
             given=True,
         )
-        self._collect(task)
-        # A row of the table is one of the task's, in its order.
-        scored = [values[0] for values in task.store.table(["reward"]).column("reward").to_pylist()]
-        rewards = offline.rewards.copy()
-        rewards[lacking] = scored
-        return rewards
 
     def _importance(self, round_index: int, responses: list[Response]) -> float:
         """
@@ -631,7 +680,14 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        batches = self.accelerator.prepare_data_loader(loader)
+        # Not by the accelerator, which would keep every round's.
+        batches = prepare_data_loader(
+            loader,
+            device=self.accelerator.device,
+            num_processes=self.accelerator.num_processes,
+            process_index=self.accelerator.process_index,
+            put_on_device=True,
+        )
         what = f"Round {round_index + 1}: importance"
         found: list[float] = []
         with self._memory("importance"), torch.no_grad(), self.compute_loss_context_manager():
@@ -653,12 +709,14 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
     ) -> tuple[datasets.Dataset, dict[str, Any]]:
         """The rows that a round is trained on, and what is said of them."""
         skipped = self.args.skip_equal_groups
-        kept = [index for index in range(len(responses)) if not (skipped and equal[index])]
-        if not kept:
-            raise ConfigurationError(
-                f"Round {round_index + 1}: the responses of every prompt have equal rewards, and "
-                "`skip_equal_groups=True` leaves all of them out: set it to False, or look at the rewards."
+        if skipped and equal.all():
+            # Also what success looks like, with a reward that all of them earn.
+            logger.warning(
+                f"Round {round_index + 1}: the responses of every prompt have equal rewards, so that "
+                "`skip_equal_groups=True` would leave nothing: they are trained on, with weights of 1 but for ratios."
             )
+            skipped = False
+        kept = [index for index in range(len(responses)) if not (skipped and equal[index])]
         online = [index for index in kept if not responses[index].offline]
         offline = [index for index in kept if responses[index].offline]
         if not online or not offline:
@@ -795,6 +853,13 @@ class WeightedCollator:
         if WEIGHT in examples[0]:
             batch[WEIGHT] = torch.tensor([row[WEIGHT] for row in examples], dtype=torch.float32)
         return batch
+
+
+def _scores_of(task: _Task, lacking: Sequence[int]) -> dict[int, float]:
+    """What a finished task's responses were given, by their place among the offline ones."""
+    # A row of the table is one of the task's, in its order.
+    scores = [values[0] for values in task.store.table(["reward"]).column("reward").to_pylist()]
+    return dict(zip(lacking, scores, strict=True))
 
 
 def _empty_cache(device: torch.device) -> None:
