@@ -7,6 +7,7 @@ python tests/kill_campaign.py 8 --processes 2
 python tests/kill_campaign.py 40 --on-policy
 python tests/kill_campaign.py 30 --method spo
 python tests/kill_campaign.py 20 --method apo_spo
+python tests/kill_campaign.py 44 --method spr
 ```
 
 Each case is a tiny model and a configuration drawn at random. One run is left alone; a second one is killed, up to
@@ -22,8 +23,8 @@ leftovers.
 
 With `--on-policy` the runs sample their own rows (`kill_campaign_rollouts.py`): then the rollouts are the same too, to
 the byte, no finished phase is repeated, and the table has kills by phase. With `--method` the runs are another
-method's (`kill_campaign_spo.py`): then the floor and the SFT rows of every step are the same too, and some lives get
-another model in memory.
+method's: of SPO (`kill_campaign_spo.py`) the floor and the SFT rows of every step are the same too, and some lives get
+another model in memory; SPR's (`kill_campaign_spr.py`) sample their own rows, and score offline responses beside them.
 
 A process that has imported everything forks one child a life, because most of a small run is imports. The children
 wait at random at durable operations, upstream's `TrainerState.save_to_json` included, and wherever a file is made,
@@ -59,6 +60,7 @@ import socket
 import struct
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -72,12 +74,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import datasets
 import torch
 from pyarrow import parquet
+from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_callback import CallbackHandler
 from trl import DPOTrainer
 
 from tests import kill_campaign_rollouts as on_policy
 from tests import kill_campaign_spo as spo
+from tests import kill_campaign_spr as spr
 from tests import tiny
 from trl_extras import APOTrainer
 from trl_extras.rollouts.sampling import TransformersSampler
@@ -88,6 +92,10 @@ from trl_extras.rounds.saving import WholeCheckpoints
 from trl_extras.rounds.state import FullWeights
 from trl_extras.rounds.trainer import RoundsTrainer
 
+
+# No thread in the process that forks; and no lock that all children share, which one of them is killed with.
+tqdm.monitor_interval = 0
+tqdm.set_lock(threading.RLock())
 
 MOST_KILLS = 4
 LIFE_SECONDS = 180
@@ -129,6 +137,7 @@ LEVELS: tuple[tuple[tuple[Any, str, str], ...], ...] = (
         (parquet, "write_table", "a table is written"),
         (datasets.Dataset, "to_parquet", "rows are written"),
         *spo.OPERATIONS,
+        *spr.OPERATIONS,
     ),
 )
 FLOOR = 1 + [name for _, _, name in LEVELS[0]].index(spo.FLOOR)
@@ -252,6 +261,8 @@ def make_trainer(case: Case, folder: Path, other: str | None) -> Any:
         base, settings, given = spo.arguments(case, other)
     elif settings.pop("ref_model", False):
         given["ref_model"] = tiny.make_model(seed=9)
+    if case.sampling is spr:
+        return spr.make_trainer(base, folder, settings)
     if case.on_policy:
         return on_policy.make_trainer(base, folder, settings, cls, **given)
     data = tiny.make_pairs(settings.pop("rows"))
@@ -288,11 +299,11 @@ def live(case: Case, folder: Path, resume: Any, other: str | None) -> dict[str, 
 
 
 def comparable(content: dict[str, Any]) -> dict[str, Any]:
-    """A row of `rounds.jsonl` without times and rates, and without TRL's count of tokens, which starts anew."""
+    """A row of `rounds.jsonl` without times, rates, memory, and TRL's count of tokens, which starts anew."""
     return {
         key: comparable(value) if isinstance(value, dict) else value
         for key, value in content.items()
-        if not re.search(r"(^|/|_)(seconds|(tokens|samples|steps)_per_second|runtime|num_tokens)$", key)
+        if not re.search(r"(^|/|_)(seconds|(tokens|samples|steps)_per_second|runtime|num_tokens|memory_gb)$", key)
     }
 
 
@@ -323,6 +334,8 @@ class Case:
     data: Path = Path()
     # Lives that had another model in memory than the first one.
     others: int = 0
+    # The part of this campaign that knows runs which sample their own rows.
+    sampling: Any = on_policy
 
 
 def draw_settings(draw: random.Random, processes: int) -> dict[str, Any]:
@@ -352,6 +365,8 @@ def draw_settings(draw: random.Random, processes: int) -> dict[str, Any]:
 def draw_case(draw: random.Random, options: Any) -> dict[str, Any]:
     if options.method == "spo":
         return spo.draw_settings(draw, options.processes)
+    if options.method == "spr":
+        return spr.draw_settings(draw, options.processes)
     settings = (on_policy.draw_settings if options.on_policy else draw_settings)(draw, options.processes)
     return settings if options.method is None else {**settings, **spo.draw_objective(draw, options.processes)}
 
@@ -374,7 +389,7 @@ class Life:
         self.result = case.folder / f"life-{case.lives}.json"
         self.done = case.folder / f"done-{folder.name}.jsonl"
         self.rows = case.folder / f"rows-{folder.name}.jsonl"
-        self.on_policy = case.on_policy
+        self.sampling = case.sampling if case.on_policy else None
         self.statuses = [Status() for _ in range(case.processes)]
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
@@ -404,7 +419,7 @@ class Life:
                 )  # fmt: skip
             watch(self.statuses[rank], seed + rank, case.method)
             if case.on_policy:
-                on_policy.watch(self.statuses[rank], self.done)
+                case.sampling.watch(self.statuses[rank], self.done)
             if case.method is not None:
                 spo.write_down_rows(self.rows, rank)
             found = live(case, self.folder, resume, other)
@@ -450,8 +465,9 @@ class Life:
 
     def where(self) -> str:
         """What it was doing: its phase if it samples its own rows."""
-        if self.on_policy and self.status.training:
-            return on_policy.PHASES[self.status.phase]
+        if self.sampling is not None and self.status.training:
+            phase: str = self.sampling.PHASES[self.status.phase]
+            return phase
         return self.status.where()
 
     def kill(self, only: int | None = None) -> None:
@@ -519,7 +535,7 @@ def wait_for_an_instant(life: Life, case: Case, draw: random.Random, share: floa
     if (not case.on_policy and case.method is None) or draw.random() < 0.4:
         life.wait(lambda: False, draw.uniform(0, 0.85 * left))
     if case.on_policy and draw.random() < 0.7:
-        on_policy.wait_for_phase(life, case.phases, case.hits, draw, left * draw.uniform(0.4, 1))
+        case.sampling.wait_for_phase(life, case.phases, case.hits, draw, left * draw.uniform(0.4, 1))
     elif draw.random() < (0.6 if case.method is None else 0.8):
         # Training takes most of the time, and of the operations some are rare: most kills wait for one that was drawn
         # among all that this configuration has.
@@ -552,7 +568,7 @@ def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
     total, rows_alone = case.expected["steps"], life.rows
 
     folder = case.folder / "out"
-    ledger = on_policy.Ledger(folder, life.done.with_name("done-out.jsonl"), on_policy.tables(alone))
+    ledger = case.sampling.Ledger(folder, life.done.with_name("done-out.jsonl"), on_policy.tables(alone))
     wanted, resume, announced, other = 0, None, 0, None
     for kills in range(most_kills + 1):
         life = Life(case, folder, resume, draw.randrange(2**31), other)
@@ -620,10 +636,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="draws configurations and instants (default: 0)")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="processes of a run (default: 1)")
     parser.add_argument("--on-policy", action="store_true", help="runs that sample their own rows")
-    parser.add_argument("--method", choices=list(spo.METHODS), help="another method than APO")
+    parser.add_argument("--method", choices=[*spo.METHODS, "spr"], help="another method than APO")
     options = parser.parse_args()
     if options.on_policy and options.method == "spo":
         parser.error("SPO has no rounds to sample rows in: use --method apo_spo.")
+    # SPR's runs always do.
+    options.on_policy = options.on_policy or options.method == "spr"
+    sampling, method = (spr, None) if options.method == "spr" else (on_policy, options.method)
     draw = random.Random(options.seed)
     hit: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     hits: collections.Counter[str] = collections.Counter()
@@ -636,8 +655,9 @@ def main() -> int:
             settings = draw_case(draw, options)
             folder, base = work / f"case-{number}", work / "base"
             case = Case(
-                number, base, folder, settings, options.processes, options.on_policy, options.method, hits=hits
-            )
+                number, base, folder, settings, options.processes, options.on_policy, method, hits=hits,
+                sampling=sampling,
+            )  # fmt: skip
             case.folder.mkdir()
             try:
                 run_case(case, draw, min(draw.randint(1 + options.on_policy, MOST_KILLS), options.kills - done))
@@ -666,7 +686,7 @@ def main() -> int:
     width = max(map(len, hit))
     print(f"\n| {'where the kill hit':{width}} | kills | passed | failed |")
     print(f"|{'-' * (width + 2)}|------:|-------:|-------:|")
-    for where, outcomes in sorted(hit.items(), key=lambda item: on_policy.in_order_of_a_run(item[0])):
+    for where, outcomes in sorted(hit.items(), key=lambda item: sampling.in_order_of_a_run(item[0])):
         print(f"| {where:{width}} | {outcomes.total():5} | {outcomes['passed']:6} | {outcomes['failed']:6} |")
     print(f"\n{done - failed} passed, {failed} failed")
     if others:
