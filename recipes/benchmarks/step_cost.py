@@ -1,8 +1,10 @@
 """
-What a training step of APOTrainer or SPOTrainer costs, against DPOTrainer on the same batches.
+What a training step of APOTrainer or SPOTrainer costs, against DPOTrainer on the same batches; and one of SPRTrainer
+against SFTTrainer.
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python recipes/benchmarks/step_cost.py
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python recipes/benchmarks/step_cost.py --methods spo spo-sft
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python recipes/benchmarks/step_cost.py --methods spr
     python recipes/benchmarks/step_cost.py --memory
 
 Time: whole trainers, two DPOTrainers and those of `--methods`, run in one process and take turns, one step each in a
@@ -11,8 +13,12 @@ callbacks and loggers do. The ratio is taken turn by turn, and that of the two D
 yardstick: what the machine calls equal. Without the two allocator settings (they keep glibc from handing memory back
 after every step) the noise is about three times as large.
 
-Memory: each configuration in a process of its own, without those settings, six steps; APOTrainer's are three rounds of
-two, with both boundaries inside. What is compared is the highest resident size (on a GPU also its own peak).
+`--methods spr`: two SFTTrainers and an SPRTrainer, which trains on given responses with rewards, the same rows,
+`--batch-size` of them a step. The thread with which SPRTrainer looks at its memory runs during the others' turns too.
+
+Memory (SPR's: `memory.py`): each configuration in a process of its own, without those settings, six steps;
+APOTrainer's are three rounds of two, with both boundaries inside. What is compared is the highest resident size (on a
+GPU also its own peak).
 """
 
 from __future__ import annotations
@@ -40,10 +46,11 @@ import common
 import datasets
 import torch
 import transformers
-from transformers import TrainerCallback
-from trl import DPOConfig, DPOTrainer
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from trl_extras import APOConfig, APOTrainer, SPOConfig, SPOTrainer
+from trl_extras import APOConfig, APOTrainer, SPOConfig, SPOTrainer, SPRConfig, SPRTrainer
+from trl_extras.spr.trainer import WEIGHT
 
 
 datasets.disable_progress_bars()
@@ -64,7 +71,12 @@ SPO: dict[str, tuple[dict[str, Any], bool]] = {
     ),
     "spo-simpo": ({"loss_type": "simpo", "beta": 2.0}, False),
 }
-METHODS = ("apo", *SPO)
+METHODS = ("apo", *SPO, "spr")
+STOCK = {"dpo": "DPOTrainer", "sft": "SFTTrainer"}
+
+
+def stock_of(methods: list[str]) -> str:
+    return "sft" if "spr" in methods else "dpo"
 
 
 class Turns:
@@ -104,7 +116,42 @@ class Turn(TrainerCallback):
         return control
 
 
+def make_model(options: argparse.Namespace) -> Any:
+    if options.model is None:
+        return common.make_model(layers=options.layers)
+    return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, num_hidden_layers=options.layers)
+
+
+def make_responses(rows: int, tokens: int) -> datasets.Dataset:
+    """The same rows as pairs would give, one a response, with a reward."""
+    draw = random.Random(0)
+    return datasets.Dataset.from_list(
+        [
+            {"prompt": pair["prompt"], "completion": pair[name], "reward": draw.random()}
+            for pair in common.make_pairs(rows // 2, tokens)
+            for name in ("chosen", "rejected")
+        ]
+    )
+
+
+def make_fine_tuner(name: str, folder: Path, options: argparse.Namespace, steps: int) -> Any:
+    """An SFTTrainer or an SPRTrainer."""
+    settings = common.arguments(
+        folder / name, options.batch_size, gradient_checkpointing=options.gradient_checkpointing
+    )
+    # Two rounds of so many steps, of which the first is measured.
+    rows = make_responses(4 * steps * options.batch_size, options.tokens)
+    given = {"model": make_model(options), "processing_class": common.make_tokenizer()}
+    if name == "spr":
+        config: Any = SPRConfig(**settings, num_generations=0, num_rounds=2)
+        return SPRTrainer(args=config, train_dataset=rows, **given)
+    config = SFTConfig(**settings, num_train_epochs=1)
+    return SFTTrainer(args=config, train_dataset=rows.remove_columns("reward"), **given)
+
+
 def make_trainer(name: str, folder: Path, options: argparse.Namespace, steps: int, **kwargs: Any) -> Any:
+    if name.startswith(("sft", "spr")):
+        return make_fine_tuner(name, folder, options, steps)
     tokenizer = common.make_tokenizer()
     rounds = kwargs.pop("num_rounds", 2)
     own = {
@@ -130,9 +177,9 @@ def make_trainer(name: str, folder: Path, options: argparse.Namespace, steps: in
     loads = method == "apo" or config.precompute_ref_log_probs
     trainer: Any = {"apo": APOTrainer, **dict.fromkeys(SPO, SPOTrainer)}.get(method, DPOTrainer)
     return trainer(
-        model=common.make_model(layers=options.layers),
+        model=make_model(options),
         # Upstream would load a reference from the model's path; it has none.
-        ref_model=None if loads else common.make_model(layers=options.layers),
+        ref_model=None if loads else make_model(options),
         args=config,
         train_dataset=common.make_pairs(rows, options.tokens),
         processing_class=tokenizer,
@@ -146,7 +193,8 @@ def measure_time(options: argparse.Namespace) -> None:
         print(
             f"Set {' '.join(missing)} in front of the command: without them the noise is about three times as large."
         )
-    names = ["dpo", "dpo again", *options.methods]
+    stock = stock_of(options.methods)
+    names = [stock, f"{stock} again", *options.methods]
     turns = Turns(names, options.warmup + options.pairs, options.seed)
     steps = options.warmup + options.pairs + 3
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
@@ -162,19 +210,21 @@ def measure_time(options: argparse.Namespace) -> None:
     seconds = {name: values[options.warmup :] for name, values in turns.seconds.items()}
     rows = list(zip(*(seconds[name] for name in names), strict=True))
     print(
-        f"\n{common.machine()}; {options.layers} layers, {options.batch_size} pairs of {options.tokens} tokens, "
-        f"{len(rows)} turns each\n"
+        f"\n{common.machine()}; {options.layers} layers, {options.batch_size} {'rows' if stock == 'sft' else 'pairs'} "
+        f"of {options.tokens} tokens, {len(rows)} turns each\n"
     )
+    title = STOCK[stock]
     print("| | ratio, median (middle half) |\n|---|---|")
-    print(f"| DPOTrainer against itself (the yardstick) | {common.spread([row[1] / row[0] for row in rows])} |")
+    print(f"| {title} against itself (the yardstick) | {common.spread([row[1] / row[0] for row in rows])} |")
     for number, name in enumerate(options.methods, start=2):
-        print(f"| {name} against DPOTrainer | {common.spread([row[number] / row[0] for row in rows])} |")
-        print(f"| {name} against the second DPOTrainer | {common.spread([row[number] / row[1] for row in rows])} |")
+        print(f"| {name} against {title} | {common.spread([row[number] / row[0] for row in rows])} |")
+        print(f"| {name} against the second {title} | {common.spread([row[number] / row[1] for row in rows])} |")
 
 
 def measure_bare(options: argparse.Namespace) -> None:
     """Only `training_step` and the optimizer's step on one batch, without the loop around them: quicker."""
-    names = ["dpo", "dpo again", *options.methods]
+    stock = stock_of(options.methods)
+    names = [stock, f"{stock} again", *options.methods]
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         trainers = {name: make_trainer(name, Path(folder), options, 4) for name in names}
@@ -186,7 +236,12 @@ def measure_bare(options: argparse.Namespace) -> None:
             trainer.model.zero_grad()
             return time.perf_counter() - begun
 
-        batch = {t: [t.train_dataset[i] for i in range(options.batch_size)] for t in trainers.values()}
+        given = {
+            t: t._prepared_train_dataset if isinstance(t, SPRTrainer) else t.train_dataset for t in trainers.values()
+        }
+        batch = {t: [rows[i] for i in range(options.batch_size)] for t, rows in given.items()}
+        for row in batch[trainers["spr"]] if "spr" in trainers else ():
+            row[WEIGHT] = 1.5
         for trainer in trainers.values():
             trainer.create_optimizer_and_scheduler(10)
             trainer.current_gradient_accumulation_steps = 1
@@ -196,10 +251,13 @@ def measure_bare(options: argparse.Namespace) -> None:
                 taken = step(trainers[name])
                 if turn >= options.warmup:
                     seconds[name].append(taken)
-    print(f"\n{common.machine()}; {options.layers} layers, {options.batch_size} pairs of {options.tokens} tokens\n")
-    print("| | ratio to DPOTrainer, median (middle half) |\n|---|---|")
+    print(
+        f"\n{common.machine()}; {options.layers} layers, {options.batch_size} {'rows' if stock == 'sft' else 'pairs'} "
+        f"of {options.tokens} tokens\n"
+    )
+    print(f"| | ratio to {STOCK[stock]}, median (middle half) |\n|---|---|")
     for name in names[1:]:
-        print(f"| {name} | {common.spread([b / a for a, b in zip(seconds['dpo'], seconds[name], strict=True)])} |")
+        print(f"| {name} | {common.spread([b / a for a, b in zip(seconds[stock], seconds[name], strict=True)])} |")
 
 
 def measure_memory(options: argparse.Namespace) -> None:
@@ -250,7 +308,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--precompute", action="store_true", help="reference log-probabilities computed ahead")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["apo"], help="what stands beside DPOTrainer")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=["apo"], help="what stands beside the stock trainer"
+    )
+    parser.add_argument("--model", help="SmolLM2-135M-Instruct's id or folder, for its weights instead of random ones")
     parser.add_argument("--layers", type=int, default=30, help="of the model; fewer for a quicker look")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument(
@@ -262,6 +323,8 @@ def main() -> None:
     parser.add_argument("--dir", help="where to put temporary files")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if "spr" in options.methods and (len(set(options.methods)) > 1 or options.memory):
+        parser.error("`spr` has SFTTrainer beside it: measure it alone, and its memory with memory.py")
     if options.child:
         memory_child(options)
     elif options.memory:
