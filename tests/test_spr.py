@@ -19,7 +19,7 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -339,6 +339,10 @@ def test_online_and_offline_responses_of_a_prompt_share_their_weights(base: Path
 # ---- Adapters ----
 
 
+def with_adapter(base: Path, folder: Path) -> torch.nn.Module:
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
+
+
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1}
 
 
@@ -360,7 +364,7 @@ def test_an_adapter_is_trained_on_through_the_rounds(base: Path, tmp_path: Path)
             assert torch.equal(parameter, below[name]), name
     assert [summary["update_norm"] > 0 for summary in trainer.round_summaries] == [True] * 3
     for folder in (tmp_path, tmp_path / "_rounds/iterates/3"):
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        loaded = with_adapter(base, folder)
         ids = torch.tensor([kept.rows[0]["input_ids"][0]])
         trainer.model.eval()
         with torch.no_grad():
@@ -385,7 +389,7 @@ def test_an_adapter_of_another_name_is_trained_too(base: Path, tmp_path: Path) -
     model = get_peft_model(model, LoraConfig(**LORA), adapter_name="mine")
     trainer = make_spr(model, tmp_path, make_prompts(), reward_funcs=threes, keep_iterates=True)
     trainer.train()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "_rounds/iterates/2", dtype=torch.float32)
+    loaded = with_adapter(base, tmp_path / "_rounds/iterates/2")
     trainer.model.eval()
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():

@@ -16,8 +16,9 @@ Needs `vaderSentiment`. Without `--only` everything, in this order:
 
 `--only tables` runs nothing.
 
-One process of one thread, one run after another; about 75 minutes of half a core. Every finished run is a line of
-DIR/reweighting.jsonl, every pretrained model a folder of DIR/cache: the same command goes on after an interruption.
+One process of one thread, one run after another; about 75 minutes of a small share of a busy core. Every finished run
+is a line of DIR/reweighting.jsonl, every pretrained model a folder of DIR/cache: the same command goes on after an
+interruption. `--minutes` is when no further run begins.
 """
 
 from __future__ import annotations
@@ -768,13 +769,15 @@ def cold_tables(campaign: Campaign) -> Iterator[str]:
     if not starts:
         return
     yield f"### Cold start: seeds {tuple(starts)}, {options.cold_rounds} rounds of {options.cold_prompts} prompts"
-    first = [run["found"][0] for run in starts.values()]
-    total, rewarded = (sum(run[n] for run in starts.values()) for n in ("start_samples", "start_rewarded"))
-    logp = [run["demonstration_logp"] for run in starts.values()]
+    # Of each model once.
+    models = list({run["job"]["model_seed"]: run for run in starts.values()}.values())
+    first = [run["found"][0] for run in models]
+    total, rewarded = (sum(run[n] for run in models) for n in ("start_samples", "start_rewarded"))
+    logp = [run["demonstration_logp"] for run in models]
     yield (
-        f"Start: {rewarded} of {total} samples in the format; log-probability of a right answer in it "
-        f"{mean_error(logp, 1)} nats; bigrams {mean_error([p['bigrams'] for p in first], 2)}; loss on the old answers "
-        f"{mean_error([p['loss'] for p in first])}"
+        f"Start, {len(models)} models: {rewarded} of {total} samples in the format; log-probability of a right answer "
+        f"in it {mean_error(logp, 1)} nats; bigrams {mean_error([p['bigrams'] for p in first], 2)}; loss on the old "
+        f"answers {mean_error([p['loss'] for p in first])}"
     )
     rows = []
     for offline, samples, others in options.cold:
