@@ -706,6 +706,7 @@ def report_tables(campaign: Campaign) -> Iterator[str]:
                 [
                     *cells,
                     *(mean_error([c[t]["reward"] for c in curves]) for t in range(1, options.rounds + 1)),
+                    ", ".join(f"{c[-1]['reward']:.2f}" for c in curves),
                     mean_error([c[-1]["loss"] for c in curves]),
                     mean_error([c[-1]["bigrams"] for c in curves], 2),
                     f"{statistics.fmean(sizes):.1f}" if (sizes := effective_sizes(known)) else "",
@@ -740,7 +741,7 @@ def report_tables(campaign: Campaign) -> Iterator[str]:
             )
         yield f"#### Settings with the {title} in tuning: equal samples"
         header = ["method", "beta", "rate", "seeds", *(f"round {t}" for t in range(1, options.rounds + 1))]
-        yield table([*header, "loss above start", "bigrams", f"responses that count of {SAMPLES}"], rows)
+        yield table([*header, "by seed", "loss above start", "bigrams", f"responses that count of {SAMPLES}"], rows)
         yield f"#### The same runs ({title}): equal time"
         yield table(
             ["method", "processor s a round", "thousand tokens", "rounds in that time", "reward", "loss above start"],
