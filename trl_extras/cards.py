@@ -191,7 +191,8 @@ def build_card(
             f"It started from [{base_id}](https://huggingface.co/{base_id})."
             if base_id
             else "It started from a model that is not on the Hub."
-        ),
+        )
+        + _adapter(trainer.model),
         data=f"The {what} are [{dataset_name}](https://huggingface.co/datasets/{dataset_name})."
         if dataset_name
         else "",
@@ -225,10 +226,10 @@ def _about(trainer: Any) -> tuple[str, str, str]:
     if weighted:
         name = "successive policy re-weighting"
         how.append(_weighted(trainer))
-        rows = [{**row, "round": row["round"] + 1, "momentum_norm": None} for row in trainer.round_summaries]
+        rows = [{**row, "round": row["round"] + 1} for row in trainer.round_summaries]
         weights = f"\n{_markdown(_WEIGHT_COLUMNS, rows)}\n" if rows else ""
-        table = round_table([{**row, "momentum_norm": None} for row in trainer.round_summaries])
-        samples = sample_tables(trainer.round_summaries)
+        table = round_table(trainer.round_summaries)
+        samples = sample_tables([{**row, "boundary_reference_seconds": None} for row in trainer.round_summaries])
         results.append(_WEIGHTED_RESULTS.format(table=table, weights=weights, samples=samples))
     elif in_rounds:
         # What tells this method from the others with the same three letters.
@@ -270,6 +271,16 @@ def _rounds(args: Any) -> str:
     )
 
 
+def _adapter(model: Any) -> str:
+    """What was trained in place of the model's own weights, or nothing."""
+    configs = list(getattr(model, "peft_config", {}).values())
+    if not configs:
+        return ""
+    kind = str(getattr(configs[0].peft_type, "value", configs[0].peft_type))
+    rank = getattr(configs[0], "r", None)
+    return f" An adapter of it was trained ({kind}{f', rank {rank}' if rank else ''}), which peft loads."
+
+
 def _weighted(trainer: Any) -> str:
     """Where a run's responses came from, and how they were weighted."""
     args, offline = trainer.args, trainer._offline
@@ -283,13 +294,16 @@ def _weighted(trainer: Any) -> str:
         shares = sorted({args.ratio_of(t) for t in range(args.num_rounds)})
         share = f"{shares[0]:.0%}" if len(shares) == 1 else f"{shares[0]:.0%} to {shares[-1]:.0%}"
         sources.append(f"{len(offline):,} responses of a dataset ({share} of a round's rows)")
-    clip = "unbounded" if args.clip is None else f"bounded to {args.clip:g} nats around the prompt's median"
+    clip = ""
+    if not args.samples_exactly or (offline is not None and offline.behavior is not None):
+        bound = "unbounded" if args.clip is None else f"bounded to {args.clip:g} nats around the prompt's median"
+        clip = f", times its importance ratio, whose logarithm is {bound}"
     epochs = sorted(set(args.epochs_of_rounds()))
     span = _plural(epochs[0], "epoch") if len(epochs) == 1 else f"{epochs[0]:g} to {epochs[-1]:g} epochs"
     return _paragraph(
         f"In {_plural(args.num_rounds, 'round')} of {span} each, the policy is fine-tuned on "
         f"{' and on '.join(sources)}. A response weighs exp(reward / {args.reward_temperature:g}), relative to the "
-        f"others of its prompt, with its log importance ratio {clip}; the loss is that of supervised fine-tuning. "
+        f"others of its prompt{clip}; the loss is that of supervised fine-tuning. "
         "The paper's abstract was at hand alone; the weights are trl-extras' own derivation."
     )
 

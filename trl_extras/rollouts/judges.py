@@ -31,6 +31,10 @@ from trl import apply_chat_template
 from ..errors import ConfigurationError
 
 
+# What a reward function is called with, by name, beside the dataset's columns.
+_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+
+
 class RewardError(RuntimeError):
     """A reward function or ranker has raised; its own error is the cause."""
 
@@ -132,6 +136,23 @@ def _callable_name(function: Any) -> str:
     while isinstance(function, functools.partial):
         function = function.func
     return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _check_signature(field: str, name: str, function: Any) -> None:
+    """Refuse a function that cannot take what it will be called with, before anything has been sampled for it."""
+    if inspect.isbuiltin(function):
+        return
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return
+    takes = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    missing = [argument for argument in _ARGUMENTS if argument not in takes]
+    if missing and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        raise ConfigurationError(
+            f"`{field}` has {name!r}, which has no parameter {missing[0]!r}, but is called with "
+            f"{', '.join(_ARGUMENTS)} and the dataset's columns, all by name: add `**kwargs` to its parameters."
+        )
 
 
 def _hash(*parts: Any) -> str:
@@ -275,6 +296,8 @@ class Reward:
             )
         if self.model is not None:
             self._check_config(field, self.name, self.model.config)
+        if self.function is not None:
+            _check_signature(field, self.name, self.function)
         if self.function is None and self.processing_class is None:
             self._load_tokenizer(field)
 

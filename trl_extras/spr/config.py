@@ -51,6 +51,15 @@ class SPRConfig(SamplingConfig, RoundsConfig, SFTConfig):
             `top_p`, `top_k` or `min_p` cut away cannot be.
     """
 
+    num_rounds: int = field(default=3, metadata={"help": "Number of rounds."})
+    num_train_epochs: float = field(default=1, metadata={"help": "Epochs a round, a whole number."})
+    ranker: str | None = field(
+        default=None,
+        metadata={
+            "help": "'external': stop after sampling and go on when rewards have been filled in. Rankers proper have "
+            "no rewards to weigh by."
+        },
+    )
     reward_temperature: float = field(
         default=0.1,
         metadata={

@@ -143,6 +143,7 @@ def weigh(
             clipped += int(((ratio - middle).abs() > clip)[torch.from_numpy(known[places])].sum())
     said: dict[str, Any] = {
         "groups": len(several),
+        "group_size": float(np.mean([len(members) for members in several])) if several else None,
         "equal_groups": equal_groups,
         "effective_sample_size": float(np.mean(sizes)) if sizes else None,
         "effective_share": float(np.mean(shares)) if shares else None,

@@ -42,7 +42,7 @@ from ..rollouts.trainer import RolloutsTrainer, _Task, is_prompts
 from ..rounds.state import RoundFolder
 from ..rounds.trainer import rows_fingerprint
 from .config import SPRConfig
-from .offline import TRAINING_SET, Responses, each_once, has_responses, prompts_of, read_responses, without
+from .offline import REWARD, TRAINING_SET, Responses, each_once, has_responses, prompts_of, read_responses, without
 from .phases import PhaseMemory
 from .rows import Counts, Response, counts_of_round, rows_of_run, taken, weigh
 
@@ -57,10 +57,10 @@ _PHASES = ("sample", "score", "importance", "train")
 _SMALL_SAMPLE, _SMALL_SHARE = 1.2, 0.05
 # What is said of a round's weights, in the order in which it is read.
 _SAID = (
-    "online_rows", "offline_rows", "offline_responses", "repeated_rows", "groups", "equal_groups", "skipped_groups",
-    "singletons", "effective_sample_size", "effective_share", "effective_where_unequal", "singletons_effective",
-    "weight_max", "offline_weight_share", "offline_reward_mean", "reward_spread", "ratios_clipped", "empty",
-    "importance_seconds",
+    "online_rows", "offline_rows", "offline_responses", "repeated_rows", "groups", "group_size", "equal_groups",
+    "skipped_groups", "singletons", "effective_sample_size", "effective_share", "effective_where_unequal",
+    "singletons_effective", "weight_max", "offline_weight_share", "offline_reward_mean", "reward_spread",
+    "ratios_clipped", "empty", "importance_seconds",
 )  # fmt: skip
 
 
@@ -171,6 +171,12 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         self._read_offline(train, config)
         if self._offline is None:
             self._check_without_offline(config)
+        elif config.num_generations == 0 and config.num_rounds > 1 and self._offline.behavior is None:
+            logger.warning(
+                f"Nothing is sampled and the responses' log-probabilities are unknown, so that {config.num_rounds} "
+                "rounds weigh by the rewards alone: they only start the optimiser afresh. `num_rounds=1` is the plain "
+                "form; `behavior_logps_column` makes the rounds build on each other."
+            )
         super()._check_arguments(given, config)
         if config.num_generations > 0 and self._offline is not None and self._offline.where != TRAINING_SET:
             # Its responses, if it has any, are not used; its prompts are.
@@ -201,6 +207,11 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
                 )
         elif isinstance(train, datasets.Dataset) and has_responses(train):
             offline, where = train, TRAINING_SET
+        elif isinstance(train, datasets.Dataset) and REWARD in train.column_names:
+            logger.warning(
+                f"`train_dataset` has a column `{REWARD}`, but no responses that have earned it (its columns: "
+                f"{sorted(train.column_names)}): if they are there under another name, rename it to `completion`."
+            )
         if offline is not None:
             self._offline = read_responses(offline, where, config)
             unanswered = len(offline) - len(self._offline or ()) if "completion" in offline.column_names else 0
@@ -576,7 +587,10 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         return found, empty
 
     def _offline_of(self, round_index: int) -> list[int]:
-        """Which offline responses take part in a round; those of the prompts that are sampled for come first."""
+        """
+        Which offline responses are weighted in a round: all of the prompts that are sampled for, and where these do
+        not suffice for its rows, those of other prompts of the fold.
+        """
         counts = self._counts(round_index)
         if self._offline is None or counts.offline == 0:
             return []
@@ -586,14 +600,21 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         pool = self._offline_pools[round_index % len(self._offline_pools)]
         if len(pool) <= counts.offline:
             return pool
-        prompts = self._prepared_train_dataset["prompt_ids"]
+        prompts, keys = self._prepared_train_dataset["prompt_ids"], self._offline.rows["prompt_ids"]
         sampled = {tuple(prompts[position]) for position in self._order_of(round_index)}
-        keys = self._offline.rows["prompt_ids"]
+        # All of a prompt's responses are weighted against each other, also where not all are trained on.
+        chosen = [index for index in pool if tuple(keys[index]) in sampled]
+        others: dict[tuple[int, ...], list[int]] = {}
+        for index in pool:
+            if tuple(keys[index]) not in sampled:
+                others.setdefault(tuple(keys[index]), []).append(index)
         draw = np.random.default_rng(batch_seed(self.args.seed, f"offline {round_index}", 0))
-        shuffled = [pool[index] for index in draw.permutation(len(pool))]
-        # A sort keeps the draw among equals.
-        shuffled.sort(key=lambda index: tuple(keys[index]) not in sampled)
-        return sorted(shuffled[: counts.offline])
+        members = list(others.values())
+        for place in draw.permutation(len(members)):
+            if len(chosen) >= counts.offline:
+                break
+            chosen += members[place]
+        return sorted(chosen)
 
     def _offline_responses(self, round_index: int) -> list[Response]:
         chosen = self._offline_of(round_index)
@@ -803,6 +824,8 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         manifest = RoundFolder(self._output_dir, round_index).manifest() or {}
         said = manifest.get("spr") or {}
         summary |= {name: said[name] for name in _SAID if name in said}
+        # Nothing moves the weights between rounds, so that it is the update's.
+        summary.pop("momentum_norm", None)
         # The round's steps are over, and the next one's start afresh: room for what measures.
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         optimizer.state.clear()
@@ -871,8 +894,7 @@ def _weights_line(round_index: int, said: dict[str, Any], rows: int) -> str:
     """What the weights of a round are like, in a line."""
     parts = [f"{rows} rows"]
     if said["effective_sample_size"] is not None:
-        of_all = said["effective_sample_size"] / said["effective_share"]
-        parts.append(f"effective sample size {said['effective_sample_size']:.2f} of {of_all:.3g}")
+        parts.append(f"effective sample size {said['effective_sample_size']:.2f} of {said['group_size']:.3g}")
     if said["singletons"] > 1:
         parts.append(f"{said['singletons']} prompts with one response, worth {said['singletons_effective']:.1f}")
     parts.append(f"largest weight {said['weight_max']:.3g}")
