@@ -409,3 +409,18 @@ def test_wrong_orders(answer: Any, said: str) -> None:
         Ranker(mine).judge("Round 3", ["p", "q"], [["a", "b", "c"]] * 2, {})
     assert "Round 3" in str(caught.value)
     assert "'mine'" in str(caught.value)
+
+
+def test_a_reward_function_that_cannot_be_called_is_refused_at_once() -> None:
+    def narrow(completions: list[str]) -> list[float]:
+        return [0.0] * len(completions)
+
+    with pytest.raises(ConfigurationError, match=r"'narrow', which has no parameter 'prompts'.*add `\*\*kwargs`"):
+        Rewards([narrow], None, None, False)
+
+    def wide(
+        prompts: Any, completions: Any, completion_ids: Any, trainer_state: Any, log_extra: Any, log_metric: Any
+    ) -> list[float]:
+        return [0.0] * len(completions)
+
+    assert Rewards([wide], None, None, False).names == ["wide"]

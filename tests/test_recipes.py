@@ -177,7 +177,9 @@ def test_the_reward_model_takes_the_scorers_place_and_nothing_else_changes() -> 
         for name in ("film_lines/spr.yaml", "spr/film-lines-reward-model.yaml")
     )
     assert words.keys() == neural.keys()
-    assert {key for key in neural if neural[key] != words[key]} == {"output_dir", "reward_funcs", "reward_temperature"}
+    assert {key for key in neural if neural[key] != words[key]} == {
+        "output_dir", "reward_funcs", "reward_temperature", "learning_rate",
+    }  # fmt: skip
 
 
 def test_film_openings_suffice_for_the_rounds() -> None:

@@ -102,7 +102,7 @@ def test_built_in(name, trainer, config):
 
 
 def test_every_built_in_method_is_tested():
-    assert list(registry.BUILT_IN) == ["apo", "apo_spo", "spo"]
+    assert list(registry.BUILT_IN) == ["apo", "apo_spo", "spo", "spr"]
 
 
 def test_module_and_class(plugin):
@@ -142,13 +142,13 @@ def test_says_which_part_failed(plugin, path, message):
 
 def test_unknown_name_lists_the_known(plugin, tmp_path):
     make_distribution(tmp_path, "loud = registry_plugin:LoudTrainer")
-    with pytest.raises(MethodError, match=r"'lout': known are apo, apo_spo, spo, loud, .*did you mean loud\?"):
+    with pytest.raises(MethodError, match=r"'lout': known are apo, apo_spo, spo, spr, loud, .*did you mean loud\?"):
         resolve("lout")
 
 
 def test_entry_point(plugin, tmp_path):
     make_distribution(tmp_path, "loud = registry_plugin:LoudTrainer\napo = registry_plugin:LoudTrainer")
-    assert registry.known_names() == ["apo", "apo_spo", "spo", "loud"]
+    assert registry.known_names() == ["apo", "apo_spo", "spo", "spr", "loud"]
     assert plugin not in sys.modules  # listing imports nobody's code
     assert resolve("loud").load().trainer.__name__ == "LoudTrainer"
     # A built-in name wins.

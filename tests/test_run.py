@@ -625,7 +625,7 @@ def test_command_line(tmp_path, capsys, arguments, says):
 
 def test_help(capsys):
     assert run.main(["--help"]) == 0
-    assert "apo, apo_spo, spo, or package.module:Class" in capsys.readouterr().out
+    assert "apo, apo_spo, spo, spr, or package.module:Class" in capsys.readouterr().out
 
 
 def test_entry_point_by_name(launch):

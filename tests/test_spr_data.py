@@ -1620,3 +1620,26 @@ def test_rewards_from_elsewhere_that_cannot_be_used(rewards: list[Any], make: An
     fill(labels_of(trainer, 0), lambda i, row: {"rewards": rewards if i == 2 else [0.5, 0.0]})
     with pytest.raises(ConfigurationError, match=r"Round 1, labels.jsonl, line 3: `rewards` is .* wants 2 finite"):
         make(ranker="external").train()
+
+
+def test_rounds_that_cannot_build_on_each_other_are_told(make: Any, said: Any) -> None:
+    make(data=answers(), num_generations=0, num_rounds=2)
+    assert "2 rounds weigh by the rewards alone" in said.text
+    said.clear()
+    make("one", data=answers(), num_generations=0, num_rounds=1)
+    make("known", data=answers(logp=[-9.0] * 12), num_generations=0, num_rounds=2, behavior_logps_column="logp")
+    assert "weigh by the rewards alone" not in said.text
+
+
+def test_rewards_without_responses_are_told(make: Any, said: Any) -> None:
+    make(data=prompts_of(reward=[1.0] * 6, response=["w1"] * 6), reward_funcs=threes)
+    assert "has a column `reward`, but no responses that have earned it" in said.text
+
+
+def test_all_responses_of_a_sampled_prompt_are_weighted(make: Any) -> None:
+    """Also where fewer rows are offline than there are responses: none is weighed against a part of its prompt's."""
+    trainer = make(data=answers(4, 5), reward_funcs=threes, num_generations=1, offline_ratio=0.5, num_rounds=1)
+    found, *_ = train(trainer)
+    assert sum(row["offline"] for row in found) == 4
+    assert trainer.round_summaries[0]["offline_responses"] == 20
+    assert trainer.round_summaries[0]["group_size"] == 6
