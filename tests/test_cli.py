@@ -294,8 +294,9 @@ def test_help_shows_the_methods_own_flags_first(capsys, method):
     assert ("packing" if method == "spr" else "beta") in flags[STOCK[method]]
     assert "output_dir" in flags["TrainingArguments"]
     if "RoundsConfig" in OWN[method]:
-        # Where a class changes a default, the flag is that class's.
-        assert {"num_rounds", "num_train_epochs"} <= flags["RoundsConfig"]
+        # Where a class changes a default, or what is said of it, the flag is that class's.
+        assert {"num_rounds", "num_train_epochs"} <= flags["SPRConfig" if method == "spr" else "RoundsConfig"]
+        assert {"round_epochs", "round_data"} <= flags["RoundsConfig"]
     if "APOConfig" in OWN[method]:
         assert "extrapolation_alpha" in flags["APOConfig"]
     if "SPOConfig" in OWN[method]:
