@@ -650,6 +650,8 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         """The scores that earlier rounds have asked for, by response; and which of this round's are still to be."""
         assert self._offline is not None
         known: dict[int, float] = {}
+        if not np.isnan(self._offline.rewards).any():
+            return known, []
         for earlier in range(round_index + 1):
             lacking = [
                 index
