@@ -943,7 +943,7 @@ def test_config_reads_text_and_bare_numbers(tmp_path: Path) -> None:
         (lambda: {"callbacks": [EarlyStoppingCallback()]}, "EarlyStoppingCallback does not work"),
         (lambda: {"data": tiny.make_pairs(9).to_iterable_dataset()}, "A streaming `train_dataset` does not work"),
         (lambda: {"optimizers": (None, object())}, "A scheduler object in `optimizers` does not work"),
-        (lambda: {"peft_config": object()}, "A PEFT adapter does not work"),
+        (lambda: {"peft_config": object()}, "A PEFT adapter of type object does not work"),
         (lambda: {"num_rounds": 1, "peft_config": object(), "keep_iterates": True}, "`keep_iterates=True` needs"),
         (
             lambda: {"num_rounds": 1, "sync_ref_model": True, "output_policy": "extrapolated"},

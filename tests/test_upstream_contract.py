@@ -21,6 +21,8 @@ import torch
 import transformers
 import trl
 from huggingface_hub.utils import filter_repo_objects
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
@@ -87,6 +89,7 @@ FOREIGN_ATTRIBUTES = {
     "_metrics": "test_metrics_are_lists_that_log_averages",
     "_name": "test_card_attributes",
     "_name_or_path": "test_a_model_knows_where_it_came_from",
+    "_load_from_checkpoint": "test_a_resume_loads_the_adapter_by_one_method",
     "_paper": "test_card_attributes",
     "_precompute_model_hash": "test_the_model_hash_keys_the_cache_of_reference_log_probs",
     "_precompute_ref_logps": "test_reference_log_probs_are_computed_in_the_constructor",
@@ -134,6 +137,79 @@ def test_columns_that_reach_the_collator_are_listed(tmp_path: Path) -> None:
     assert trainer._signature_columns == ["input_ids", "labels", "seq_lengths", "weight"]
 
 
+def adapted() -> Any:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny.make_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    return model
+
+
+def test_a_resume_loads_the_adapter_by_one_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else: a resume would put the rounds' adapters together, of another rank, into the adapter of one round."""
+    asked: list[str] = []
+    monkeypatch.setattr(Trainer, "_load_from_checkpoint", lambda self, path, model=None: asked.append(path))
+
+    def make(**kwargs: Any) -> Any:
+        return DPOTrainer(
+            model=adapted(),
+            args=DPOConfig(**tiny.arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, **kwargs)),
+            train_dataset=tiny.make_pairs(12),
+            processing_class=tiny.make_tokenizer(),
+        )
+
+    make().train()
+    make().train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert asked == [str(tmp_path / "checkpoint-1")]
+
+
+def test_a_passed_adapter_has_a_copy_as_reference(tmp_path: Path) -> None:
+    """Else: rounds would leave it in the output, or take the wrong reference."""
+    trainer = DPOTrainer(
+        model=adapted(),
+        args=DPOConfig(**tiny.arguments(tmp_path)),
+        train_dataset=tiny.make_pairs(12),
+        processing_class=tiny.make_tokenizer(),
+    )
+    assert set(trainer.model.peft_config) == {"default", _compat.REFERENCE_ADAPTER}
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    copied = trainer.compute_ref_log_probs(trainer.model, batch)
+    trainer.model.delete_adapter(_compat.REFERENCE_ADAPTER)
+    disabled = trainer.compute_ref_log_probs(trainer.model, batch)
+    assert not torch.equal(copied[0], disabled[0])
+
+
+def test_a_lora_layer_calls_its_base_layer_and_merges_by_get_delta_weight(tmp_path: Path) -> None:
+    """Else: the rounds' history below the adapter would be left out, of the reference or of what is merged."""
+    model = adapted()
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    called: list[bool] = []
+    layer.base_layer.register_forward_hook(lambda *args: called.append(layer.disable_adapters))
+    tokens = torch.arange(4, 8)[None]
+    model(input_ids=tokens)
+    with model.disable_adapter():
+        model(input_ids=tokens)
+    assert called == [False, True]
+    before = layer.base_layer.weight.detach().clone()
+    layer.get_delta_weight = lambda adapter: torch.ones_like(before)
+    model.merge_adapter()
+    assert torch.equal(layer.base_layer.weight, before + 1)
+    assert layer.merged
+
+
+def test_peft_saves_the_state_that_it_is_given(tmp_path: Path) -> None:
+    """Else: the rounds' adapters together could not be saved as one."""
+    model = adapted()
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A"
+    state = {f"{name}.default.weight": torch.ones(5, 7)}
+    model.save_pretrained(str(tmp_path), state_dict=state, selected_adapters=["default"], save_embedding_layers=False)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert list(saved) == [f"{name}.weight"]
+    assert saved[f"{name}.weight"].shape == (5, 7)
+
+
 def test_a_push_can_be_waited_for() -> None:
     """Else: rotation could remove a checkpoint that a push in the background still reads."""
     for name in _compat.CALLED_TRAINER_METHODS:
@@ -152,7 +228,10 @@ def test_our_names_hide_nothing_of_upstreams_by_accident() -> None:
         WholeCheckpoints: {
             *_compat.OVERRIDDEN_TRAINER_METHODS, "create_model_card", "save_model", "train", "training_step",
         },
-        RoundsTrainer: {"create_optimizer", "create_scheduler", "set_initial_training_values", "train"},
+        RoundsTrainer: {
+            *_compat.OVERRIDDEN_BY_ROUNDS, "create_optimizer", "create_scheduler", "set_initial_training_values",
+            "train",
+        },
         RolloutsTrainer: {*_compat.OVERRIDDEN_DATA_METHODS, "evaluate"},
         APOTrainer: {*_compat.OVERRIDDEN_DPO_METHODS, "_name", "_paper", "_tag_names"},
         SPOTrainer: {

@@ -9,11 +9,12 @@ from trl import DPOConfig
 
 from ..errors import ConfigurationError
 from ..rollouts.config import SamplingConfig
-from ..rounds.config import RoundsConfig, as_list, per_round
+from ..rounds.config import RoundsConfig, as_list, per_round, set_number
 
 
 MOMENTUM_FROM = ("previous_iterate", "reference")
 OUTPUT_POLICY = ("iterate", "extrapolated")
+ADAPTER_OUTPUT = ("adapter", "merged")
 
 
 @dataclass
@@ -39,6 +40,16 @@ class APOConfig(SamplingConfig, RoundsConfig, DPOConfig):
         output_policy (`str`, *optional*, defaults to `"iterate"`):
             What the run ends with: `"iterate"`, the last iterate (the paper's Algorithm 1), or `"extrapolated"`, one
             extrapolation more (with one round this is ExPO, arXiv 2404.16792).
+        adapter_output (`str`, *optional*, defaults to `"adapter"`):
+            With a LoRA adapter, what is saved at the end (our choice): `"adapter"`, the sum of the rounds' changes as
+            one adapter for the original base, of rank at most `num_rounds` times the adapter's; or `"merged"`, the
+            whole model with that sum in its weights, in float32. Checkpoints hold adapters in either case.
+        adapter_rank (`int`, *optional*):
+            With a LoRA adapter, the rank to truncate the saved one to, layer by layer, to the nearest change of that
+            rank (singular values). `None` saves the sum as it is.
+        adapter_rank_tolerance (`float`, *optional*, defaults to `0.05`):
+            The largest relative error of the weights' change (Frobenius norm) that truncation to `adapter_rank` may
+            make. Where it makes a larger one, the whole adapter is saved and the run ends with an error.
     """
 
     extrapolation_alpha: list[float] = field(
@@ -64,10 +75,33 @@ class APOConfig(SamplingConfig, RoundsConfig, DPOConfig):
         },
     )
 
+    adapter_output: str = field(
+        default="adapter",
+        metadata={
+            "help": "With a LoRA adapter, what is saved at the end. 'adapter': the rounds' changes as one adapter for "
+            "the original base. 'merged': the whole model with them in its weights, in float32.",
+            "choices": list(ADAPTER_OUTPUT),
+        },
+    )
+    adapter_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "With a LoRA adapter, the rank to truncate the saved one to. Default: the rounds' together."
+        },
+    )
+    adapter_rank_tolerance: float = field(
+        default=0.05,
+        metadata={"help": "The largest relative error of the change that truncation to `adapter_rank` may make."},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         # argparse checks choices for flags only: a YAML file or a program can bring anything.
-        for name, choices in (("momentum_from", MOMENTUM_FROM), ("output_policy", OUTPUT_POLICY)):
+        for name, choices in (
+            ("momentum_from", MOMENTUM_FROM),
+            ("output_policy", OUTPUT_POLICY),
+            ("adapter_output", ADAPTER_OUTPUT),
+        ):
             if getattr(self, name) not in choices:
                 raise ConfigurationError(
                     f"`{name}` is {getattr(self, name)!r}, but wants one of {', '.join(choices)}."
@@ -95,6 +129,15 @@ class APOConfig(SamplingConfig, RoundsConfig, DPOConfig):
                     f"`round_beta` has {len(self.round_beta)} values, but `num_rounds` is {self.num_rounds}: give one "
                     "value a round."
                 )
+
+        set_number(self, "adapter_rank_tolerance", lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
+        if self.adapter_rank is not None and (
+            not isinstance(self.adapter_rank, int) or isinstance(self.adapter_rank, bool) or self.adapter_rank < 1
+        ):
+            raise ConfigurationError(
+                f"`adapter_rank` is {self.adapter_rank!r}, but has to be a whole number of at least 1: leave it out "
+                "to save the rounds' changes whole."
+            )
 
     def alpha_of(self, round_index: int) -> float:
         """The alpha used after round `round_index`."""

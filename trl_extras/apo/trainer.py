@@ -17,7 +17,7 @@ import contextlib
 import copy
 import textwrap
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 import torch
@@ -35,6 +35,9 @@ from ..rounds.state import ROUNDS_DIR, FullWeights, RoundFolder
 from ..rounds.trainer import rows_fingerprint
 from .config import APOConfig
 
+
+if TYPE_CHECKING:
+    from ..rounds.adapters import LoraRounds
 
 _LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 
@@ -71,6 +74,8 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
     """
 
     config_class = APOConfig
+    _trains_adapters = True
+    _fresh_adapters = True
     _tag_names = ["trl", "dpo", "accelerated-preference-optimization"]  # noqa: RUF012
     _name = "APO"
     _paper = {  # noqa: RUF012
@@ -91,14 +96,48 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
         self._reference_spent = False
         super().__init__(*args, **kwargs)
         self.beta = self.args.beta_of(0)
-        if self._user_reference and self.args.num_rounds > 1 and not self.precompute_ref_logps:
+        if self._user_reference and self._writes_reference and not self.precompute_ref_logps:
             self._check_user_reference()
+        if config_rank := self.args.adapter_rank:
+            self._adapters.check_rank(config_rank)
+        if self.args.adapter_output == "merged":
+            self._adapters.check_merge()
+
+    @property
+    def _adapters(self) -> LoraRounds:
+        assert self._weights is not None
+        assert self._weights.has_reference
+        return cast("LoraRounds", self._weights)
+
+    def _check_arguments(self, given: dict[str, Any], config: Any) -> None:
+        super()._check_arguments(given, config)
+        model, outputs = given.get("model"), self._adapter_outputs(config)
+        if outputs and given.get("peft_config") is None and not hasattr(model, "peft_config"):
+            raise ConfigurationError(
+                f"{outputs[0]} is about a LoRA adapter, but none is trained: pass `peft_config` (`use_peft` in TRL's "
+                "scripts), or leave it out."
+            )
+        quantized = given.get("quantization_config") is not None or getattr(model, "is_quantized", False)
+        if quantized and config.adapter_output == "merged":
+            raise ConfigurationError(
+                "`adapter_output` is 'merged', but the base is quantized, and merging into it would round the "
+                "change away: save the adapter, and merge it into the original weights with peft."
+            )
+
+    @staticmethod
+    def _adapter_outputs(config: Any) -> list[str]:
+        """The settings in force of what a LoRA run leaves."""
+        merged = ["`adapter_output='merged'`"] if config.adapter_output == "merged" else []
+        return merged + ([] if config.adapter_rank is None else [f"`adapter_rank={config.adapter_rank}`"])
 
     def _complete_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         given = super()._complete_arguments(given)
         model, config = given.get("model"), given["args"]
         self._user_reference = given.get("ref_model") is not None
         if not self._keeps_rounds or config.precompute_ref_log_probs:
+            return given
+        if given.get("peft_config") is not None or hasattr(model, "peft_config"):
+            # The reference is the model with its adapter disabled: no second one is made.
             return given
         if self._user_reference:
             if config.num_rounds > 1:
@@ -108,6 +147,11 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
             # Upstream reloads the reference from the model's path: another model if this one was changed in memory.
             given["ref_model"] = copy.deepcopy(model)
         return given
+
+    @property
+    def _writes_reference(self) -> bool:
+        """Whether later rounds' references are written into the reference model."""
+        return self.args.num_rounds > 1 and self._weights is not None and not self._weights.has_reference
 
     def _check_user_reference(self) -> None:
         """
@@ -132,10 +176,13 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
 
     def _needs_rounds(self, config: Any) -> list[str]:
         extrapolated = ["`output_policy='extrapolated'`"] if config.output_policy == "extrapolated" else []
-        return super()._needs_rounds(config) + extrapolated
+        return super()._needs_rounds(config) + extrapolated + self._adapter_outputs(config)
 
     def _per_round_fields(self) -> set[str]:
-        return {"extrapolation_alpha", "round_beta", "beta", "output_policy"}
+        return {
+            "extrapolation_alpha", "round_beta", "beta", "output_policy", "adapter_output", "adapter_rank",
+            "adapter_rank_tolerance",
+        }  # fmt: skip
 
     def round_settings(self, round_index: int) -> dict[str, Any]:
         return {**super().round_settings(round_index), "beta": self.args.beta_of(round_index)}
@@ -159,6 +206,33 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
         return True
 
     def _finish_policy(self) -> None:
+        self._extrapolate_last()
+        if not self._adapter_outputs(self.args):
+            return
+        rank = self.args.adapter_rank
+        if rank is not None:
+            *_, error = self._adapters.truncated(rank)
+            self.round_summaries[-1]["adapter_rank_error"] = error
+            with self._state_errors(self.args.num_rounds - 1):
+                self._write_summaries()
+            if error > self.args.adapter_rank_tolerance:
+                self.save_model()
+                raise ConfigurationError(
+                    f"`adapter_rank` is {rank}, to which the change of rank {self._adapters.rank} is truncated with a "
+                    f"relative error of {error:.3g}, but `adapter_rank_tolerance` is "
+                    f"{self.args.adapter_rank_tolerance:g}: the adapter of rank {self._adapters.rank} has been saved "
+                    "in `output_dir` instead. Go on from the last checkpoint with a larger rank or tolerance."
+                )
+            self._say(f"The output is truncated to rank {rank}, with a relative error of {error:.3g}.")
+        self._adapters.set_output(self._output_of_adapters(rank, self.args.adapter_output == "merged"))
+
+    @staticmethod
+    def _output_of_adapters(rank: int | None, merged: bool) -> Any:
+        from ..rounds.adapters import Output
+
+        return Output(rank, merged)
+
+    def _extrapolate_last(self) -> None:
         last = self.args.num_rounds - 1
         alpha, extrapolates = self.args.alpha_of(last), self.args.output_policy == "extrapolated"
         if not extrapolates and not self._heldout():
@@ -171,6 +245,9 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
             with self._state_errors(last):
                 self._weights.save(kept, self.args.should_save)
             self.accelerator.wait_for_everyone()
+        if alpha > 0:
+            # What is evaluated afterwards is measured against the last round's reference.
+            self._weights.rebase(hold_reference=True)
         changed = self._extrapolate(alpha, folder)
         try:
             if self._heldout():
@@ -223,10 +300,12 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
                 self._check_given_reference(folder, restored) if given else str(folder.whole_manifest()["policy"])
             )
             return self._with_reference_logps(reference, rows, folder, restored)
+        assert self._weights is not None
         if given:
             self._check_given_reference(folder, restored)
+        elif self._weights.has_reference:
+            self.ref_model = None
         else:
-            assert self._weights is not None
             model = self.accelerator.unwrap_model(self.ref_model)
             if restored:
                 self._weights.load_into(model, folder.policy)
@@ -327,6 +406,9 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
         theta_t as live weights; a run that resumed inside round t needs it for a set that it did not have before.
         """
         assert self._weights is not None
+        if self._weights.has_reference:
+            yield
+            return
         # A copy in memory: this happens only where someone resumes with another evaluation set.
         live = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
         self._weights.load(folder.policy)

@@ -40,6 +40,10 @@ STATE_VERSION = 1
 # Elements worked on at a time: few enough to stay in the cache from one operation to the next.
 _PIECE = 1 << 17
 
+# Values of a frozen weight that tell it from another model's.
+_SAMPLED = 1024
+_ADAPTER_PARTS = ("lora_", "modules_to_save", "trainable_tokens")
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -59,6 +63,9 @@ class TrainableState(ABC):
     @abstractmethod
     def save(self, folder: Path, write: bool) -> None:
         """Write the current weights to a folder that plain transformers loads."""
+
+    def save_state(self, folder: Path) -> None:  # noqa: B027
+        """Add to a checkpoint what going on from it takes beside the weights as upstream saves them."""
 
     @abstractmethod
     def load(self, folder: Path) -> None:
@@ -80,6 +87,24 @@ class TrainableState(ABC):
     def non_finite(self) -> str | None:
         """The name of the first weight that holds a nan or an infinity, or None."""
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether the model holds the policy at the start of the round as well, so that none is kept beside it."""
+        return False
+
+    def begin(self) -> None:  # noqa: B027  (most need nothing)
+        """A run begins, with the live weights as its start."""
+
+    def rebase(self, hold_reference: bool = False) -> bool:
+        """
+        The live weights, thetahat_t, are on disk: make them what the next round starts from. Returns whether their
+        saved form changes by it.
+
+        Args:
+            hold_reference: keep the reference that the model holds.
+        """
+        return False
+
     @abstractmethod
     def extrapolate(self, previous: Path, alpha: float) -> None:
         """thetahat + alpha * (thetahat - previous) of the live weights thetahat, in place."""
@@ -94,7 +119,7 @@ class TrainableState(ABC):
         """
 
 
-def _one_thread(function: _Function) -> _Function:
+def one_thread(function: _Function) -> _Function:
     """
     Work through pieces on one thread. Threads that have to meet after every short operation gain little on an idle
     machine, and on a busy one each meeting waits for the scheduler: a boundary has then taken ten times as long.
@@ -117,6 +142,23 @@ def _pieces(tensor: Tensor) -> Iterator[tuple[slice, Tensor]]:
     flat = tensor.detach().view(-1)
     for start in range(0, len(flat), _PIECE):
         yield slice(start, start + _PIECE), flat[start : start + _PIECE]
+
+
+def base_fingerprint(model: torch.nn.Module) -> str:
+    """
+    A hash of the frozen weights below an adapter: names, shapes, dtypes and a sample of the values, so that it takes
+    no longer for a large model.
+    """
+    digest = xxhash.xxh3_128()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad or any(part in name for part in _ADAPTER_PARTS):
+            continue
+        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)}".encode())
+        flat = parameter.detach().view(-1)
+        sample = flat[:: max(len(flat) // _SAMPLED, 1)].cpu().contiguous()
+        digest.update(sample.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class FullWeights(TrainableState):
@@ -183,7 +225,7 @@ class FullWeights(TrainableState):
                 digest.update(parameter.detach().cpu().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    @_one_thread
+    @one_thread
     def non_finite(self) -> str | None:
         for name, parameter in self._parameters():
             # A sum of squares is finite only if every element is; one that overflows is looked at again.
@@ -192,7 +234,7 @@ class FullWeights(TrainableState):
                     return name
         return None
 
-    @_one_thread
+    @one_thread
     def extrapolate(self, previous: Path, alpha: float) -> None:
         saved = WeightsFolder(previous)
         for name, parameter in self._trained():
@@ -202,7 +244,7 @@ class FullWeights(TrainableState):
                 except ValueError as error:
                     raise ValueError(f"{name!r}: {error}") from None
 
-    @_one_thread
+    @one_thread
     @torch.no_grad()
     def distances(self, policy: Path, iterate: Path, previous_policy: Path | None) -> dict[str, float | None]:
         theta, thetahat = WeightsFolder(policy), WeightsFolder(iterate)
@@ -279,13 +321,7 @@ class AdapterWeights(FullWeights):
     def fingerprint(self) -> str:
         """Of the adapter and of what lies below it: a fresh adapter has the same bits on every model of one shape."""
         if self._below is None:
-            digest = xxhash.xxh3_128()
-            own = {tensor.data_ptr() for _, tensor in self._parameters()}
-            for name, parameter in self.model.named_parameters():
-                if parameter.data_ptr() not in own:
-                    digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)}".encode())
-                    digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-            self._below = digest.hexdigest()
+            self._below = base_fingerprint(self.model)
         return xxhash.xxh3_128_hexdigest(f"{super().fingerprint()} {self._below}".encode())
 
     @torch.no_grad()

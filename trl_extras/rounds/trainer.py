@@ -100,8 +100,10 @@ class RoundsTrainer(WholeCheckpoints):
     train_dataset: Any
     # Whether a round's rows are made in that round, from its policy; then one round is a run in rounds too.
     _makes_rows = False
-    # Whether the method works on the weights of an adapter as well.
+    # Whether the method works on adapters as well, and whether each of its rounds trains a fresh one, on top of what
+    # the rounds before have made. Otherwise one is trained on through all rounds, without a reference.
     _trains_adapters = False
+    _fresh_adapters = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         given = self._bind(args, kwargs)
@@ -142,10 +144,21 @@ class RoundsTrainer(WholeCheckpoints):
         if self._multi_round and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ConfigurationError(f"Sharded weights do not work with {self._what_rounds()} so far: use DDP.")
         if self._keeps_rounds:
-            self._weights = AdapterWeights(self.model) if is_peft_model(self.model) else FullWeights(self.model)
+            self._weights = self._make_weights(given)
             # In front, so that every other callback sees the weights and data of the round that begins.
             self.callback_handler.callbacks.insert(0, _RoundBoundaries(self))
         self._prepared_train_dataset: Any = self.train_dataset
+
+    def _make_weights(self, given: dict[str, Any]) -> TrainableState:
+        if not is_peft_model(self.model):
+            return FullWeights(self.model)
+        if not self._fresh_adapters:
+            return AdapterWeights(self.model)
+        # Here, because peft takes a second to import and most runs have none.
+        from .adapters import LoraRounds
+
+        passed = given.get("peft_config") is None
+        return LoraRounds(self.model, passed, self.args.seed, self.args.num_rounds)
 
     # ---- Checks, before any weights load ----
 
@@ -179,12 +192,8 @@ class RoundsTrainer(WholeCheckpoints):
 
     def _unsupported(self, given: dict[str, Any], config: Any) -> list[tuple[str, str]]:
         """What was passed to the constructor that rounds cannot work with yet, each with the reason."""
-        found = []
-        model, peft_config = given.get("model"), given.get("peft_config")
-        if not self._trains_adapters and (peft_config is not None or hasattr(model, "peft_config")):
-            found.append(("A PEFT adapter", "rounds train full weights so far. Leave the adapter away."))
-        if given.get("quantization_config") is not None or getattr(model, "is_quantized", False):
-            found.append(("A quantized model", "rounds keep unquantized weights so far. Load it unquantized."))
+        found: list[tuple[str, str]] = []
+        found.extend(self._unsupported_adapters(given, config))
         # `accelerate launch` tells of its configuration in the environment alone until the trainer is made.
         if config.deepspeed or getattr(config, "deepspeed_plugin", None) is not None or asked_for("DEEPSPEED"):
             found.append(("DeepSpeed", "rounds need every weight on every process so far. Use DDP."))
@@ -213,6 +222,25 @@ class RoundsTrainer(WholeCheckpoints):
             )
         found.extend(self._unsupported_callbacks(given.get("callbacks") or []))
         return found
+
+    def _unsupported_adapters(self, given: dict[str, Any], config: Any) -> Iterator[tuple[str, str]]:
+        model, peft_config = given.get("model"), given.get("peft_config")
+        passed = peft_config is None and isinstance(getattr(model, "peft_config", None), dict)
+        adapted = passed or peft_config is not None
+        if adapted and not self._trains_adapters:
+            yield "A PEFT adapter", "rounds train full weights so far. Leave the adapter away."
+        elif adapted:
+            from .adapters import why_not
+
+            for adapter in model.peft_config.values() if model is not None and passed else [peft_config]:
+                reason = why_not(adapter, passed, self._fresh_adapters)
+                if reason is not None:
+                    yield reason
+            if self._fresh_adapters and config.torch_compile:
+                yield "`torch_compile=True` with an adapter", "it does not see the rounds' history. Leave it out."
+        quantized = given.get("quantization_config") is not None or getattr(model, "is_quantized", False)
+        if quantized and not adapted:
+            yield "A quantized model", "only adapters on it can be trained. Add one, or load it unquantized."
 
     @staticmethod
     def _unsupported_callbacks(callbacks: list[Any]) -> Iterator[tuple[str, str]]:
@@ -472,6 +500,8 @@ class RoundsTrainer(WholeCheckpoints):
             )
         else:
             self._folds = None
+        if self._weights is not None and self._multi_round and checkpoint is None:
+            self._weights.begin()
         if self._multi_round:
             available = len(self._folds[0]) if self._folds else len(self._prepared_train_dataset)
             self._rows = RoundDataset(self._planned_rows(available))
@@ -732,7 +762,7 @@ class RoundsTrainer(WholeCheckpoints):
             found.get(key) == content[key] for key in ("iterate", "settings", "configuration_hash")
         ):
             if round_index > 0:
-                self._transition(round_index, previous)
+                self._step_to_policy(round_index, previous)
             if self._weights.fingerprint() == found["policy"]:
                 if write:
                     files = found["files"]
@@ -755,7 +785,7 @@ class RoundsTrainer(WholeCheckpoints):
             if write and self.processing_class is not None:
                 self.processing_class.save_pretrained(partial / "iterate")
             # Every process has read what it needs of the old folder before the writer may replace anything.
-            changed = round_index > 0 and self._transition(round_index, previous)
+            changed = round_index > 0 and self._step_to_policy(round_index, previous)
             if changed:
                 self._weights.save(partial / "policy", write)
             content["policy"] = self._weights.fingerprint() if changed else fingerprint
@@ -772,6 +802,12 @@ class RoundsTrainer(WholeCheckpoints):
         self.accelerator.wait_for_everyone()
         # Here rather than in the middle of a round, if processes write to disks of their own.
         folder.whole_manifest()
+
+    def _step_to_policy(self, round_index: int, previous: RoundFolder) -> bool:
+        """From thetahat_t to theta_t in the live weights; whether that is to be saved by itself."""
+        assert self._weights is not None
+        rebased = self._weights.rebase()
+        return self._transition(round_index, previous) or rebased
 
     def _state_content(self, round_index: int) -> dict[str, Any]:
         """What every manifest of this run says, as of round `round_index`."""
@@ -1130,6 +1166,14 @@ class RoundsTrainer(WholeCheckpoints):
                 "state is saved; the last whole checkpoint is good. Lower the learning rate."
             )
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if self._multi_round and self._weights is not None and self._weights.has_reference:
+            # The adapter that a checkpoint shows is history and adapter in one, of a rank that does not fit.
+            self._weights.load(folder)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _correct_best_checkpoint(self, run_dir: Path) -> None:
         super()._correct_best_checkpoint(run_dir)
         if self._multi_round:
@@ -1138,6 +1182,8 @@ class RoundsTrainer(WholeCheckpoints):
 
     def _complete_checkpoint(self, staged: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         content, known = super()._complete_checkpoint(staged)
+        if self._weights is not None:
+            self._weights.save_state(staged)
         round_index = max(self._round, 0)
         source = RoundFolder(self._output_dir, round_index)
         # A run of one round may have been resumed from a stock checkpoint, which holds none.
