@@ -244,7 +244,7 @@ def grow(new: Path, old: Path) -> None:
         (lambda new, old: rewrite(old, embed=torch.ones(64, 16).half()), "has dtype F32 in NEW and F16 in OLD"),
         (untie, "ties its embeddings"),
         (lambda new, old: reconfigure(new, quantization_config={"quant_method": "x"}), "is quantised"),
-        (to_adapter, "is a PEFT adapter"),
+        (to_adapter, ") is a PEFT adapter and OLD ("),
         (to_pickle, "pickle (pytorch_model.bin)"),
         (lambda new, old: (new / "model.safetensors").unlink(), "has neither model.safetensors nor"),
         (truncate, "model.safetensors is damaged"),

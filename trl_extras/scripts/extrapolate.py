@@ -7,12 +7,12 @@ transformers loads:
     trl-extras extrapolate runs/round_2 runs/round_1 --alpha 0.3 -o runs/theta_2
 
 The weights never are in memory as a whole: every tensor is read, computed and written in pieces of 2 MiB, at the place
-where NEW has it. Only safetensors are read, never a pickle.
+where NEW has it. Only safetensors are read, never a pickle. Two LoRA adapters of one base become one adapter of it
+(`_adapters`).
 """
 
 import argparse
 import fnmatch
-import json
 import math
 import os
 import re
@@ -28,7 +28,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_extras.tensor_files import Entry, read_header, read_into
+from trl_extras.scripts._folders import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CheckpointError,
+    Source,
+    fsync,
+    read_header,
+    read_json,
+    refuse_existing,
+    written_whole,
+)
+from trl_extras.tensor_files import Entry, read_into
 
 
 _WEIGHTS = "model.safetensors"
@@ -44,22 +55,6 @@ _CHAT_TEMPLATES = "additional_chat_templates"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Large enough that opening files and calling torch cost little beside it, small enough to stay in the cache.
 _PIECE_BYTES = 2 << 20
-
-
-class CheckpointError(ValueError):
-    """What is wrong with a checkpoint or a path, in one line for the user."""
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A checkpoint argument, resolved to a folder."""
-
-    folder: Path
-    hub_id: str | None  # None for a local folder, whose path is nobody else's business
-
-    @property
-    def name(self) -> str:
-        return self.hub_id or str(self.folder)
 
 
 @dataclass(frozen=True)
@@ -94,7 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="trl-extras extrapolate",
         description="Write NEW + alpha * (NEW - OLD), the extrapolation step of accelerated preference optimization "
         "(arXiv 2410.06293, equation 3.6), as a new model folder.",
-        epilog="NEW and OLD are folders with safetensors weights as transformers saves them, or Hub ids. OUT is "
+        epilog="NEW and OLD are folders with safetensors weights as transformers saves them, or Hub ids; or both are "
+        "LoRA adapters of one base, which give an adapter of it, exactly, whose rank is the sum of theirs. OUT is "
         "written whole or not at all.",
         allow_abbrev=False,
     )
@@ -144,8 +140,13 @@ def extrapolate_checkpoints(
     disk, and renamed at the end; after an error or an interrupt nothing is left (after SIGKILL or a power cut perhaps
     a hidden `.OUT.partial-PID`, but no `OUT`).
 
+    Two LoRA adapters of one base are extrapolated by the changes that they make in its weights: the result is an
+    adapter of the same base whose rank is the sum of theirs, in float32 (float64 where they are); see `_adapters`. The
+    summary's norm is that of the weights' change.
+
     Args:
-        new, old: folders with `model.safetensors`, or its index and shards.
+        new, old: folders with `model.safetensors`, or its index and shards; or both with `adapter_config.json` and
+            `adapter_model.safetensors`.
         alpha: finite and not negative.
         output: a path that does not exist, in a folder that does.
         new_hub_id, old_hub_id: names for the model card; local paths are never put there.
@@ -156,70 +157,72 @@ def extrapolate_checkpoints(
         OSError: a file cannot be read or written.
     """
     _check_alpha_and_output(alpha, output)
-    source_new, source_old = _Source(new, new_hub_id), _Source(old, old_hub_id)
+    source_new, source_old = Source(new, new_hub_id), Source(old, old_hub_id)
+    adapters = _are_adapters(source_new, source_old)
+    copies = _files_to_copy(new)
+    if adapters:
+        # Here, because it imports torch.
+        from trl_extras.scripts._adapters import extrapolate_adapters
+
+        adapter = extrapolate_adapters(source_new, source_old, alpha)
+        _check_space(output, adapter.nbytes, copies)
+        with written_whole(output) as partial:
+            _copy(copies, new, partial)
+            card = _adapter_card(alpha, new_hub_id, old_hub_id, adapter.base_model, adapter.rank)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            adapter.save(partial)
+        return Summary(adapter.num_tensors, adapter.momentum_norm)
+
     checkpoint_new, checkpoint_old = _read_checkpoint(source_new), _read_checkpoint(source_old)
     _check_pair(checkpoint_new, checkpoint_old, source_new, source_old)
-    copies = _files_to_copy(new)
-    needed = sum(file.stat().st_size for file in checkpoint_new.shards + copies)
-    free = shutil.disk_usage(output.parent).free
-    if free < needed:
-        raise CheckpointError(
-            f"the output needs {needed / 1e9:.2f} GB, but {output.parent} has {free / 1e9:.2f} GB free: make room, or "
-            "choose another place with --output."
-        )
+    _check_space(output, 0, [*checkpoint_new.shards, *copies])
     if "auto_map" in checkpoint_new.config:
         print(
             f"trl-extras extrapolate: warning: {source_new.name} needs code of its own (auto_map), which is not "
             "copied: copy its *.py files yourself if you trust them.",
             file=sys.stderr,
         )
-
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    try:
-        partial.mkdir()
-        for file in copies:
-            target = partial / file.relative_to(new)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
+    with written_whole(output) as partial:
+        _copy(copies, new, partial)
         card = _model_card(alpha, new_hub_id, old_hub_id)
         (partial / "README.md").write_text(card, encoding="utf-8")
         squared_norm = _write_shards(checkpoint_new, checkpoint_old, alpha, partial)
-        for path in partial.rglob("*"):
-            if path.suffix != ".safetensors":
-                _fsync(path)
-        _fsync(partial)
-        _refuse_existing(output)  # again: a rename would replace an empty folder made in the meantime
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _fsync(output.parent)
     return Summary(len(checkpoint_new.tensors), math.sqrt(squared_norm))
+
+
+def _check_space(output: Path, nbytes: int, files: list[Path]) -> None:
+    needed = nbytes + sum(file.stat().st_size for file in files)
+    free = shutil.disk_usage(output.parent).free
+    if free < needed:
+        raise CheckpointError(
+            f"the output needs {needed / 1e9:.2f} GB, but {output.parent} has {free / 1e9:.2f} GB free: make room, or "
+            "choose another place with --output."
+        )
+
+
+def _copy(files: list[Path], source: Path, target: Path) -> None:
+    for file in files:
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def _check_alpha_and_output(alpha: float, output: Path) -> None:
     from trl_extras.state_dicts import check_alpha
 
     check_alpha(alpha)
-    _refuse_existing(output)
+    refuse_existing(output)
     if not output.parent.is_dir():
         raise CheckpointError(f"--output: the folder {output.parent} does not exist: create it first.")
 
 
-def _refuse_existing(output: Path) -> None:
-    if os.path.lexists(output):
-        raise CheckpointError(
-            f"--output: {output} exists already and is not overwritten: remove it or choose another."
-        )
-
-
-def _resolve(text: str, revision: str | None, revision_flag: str) -> _Source:
+def _resolve(text: str, revision: str | None, revision_flag: str) -> Source:
     """A local folder as it is; a Hub id downloaded (or from the cache), without pickles and code."""
     folder = Path(text)
     if folder.is_dir():
         if revision is not None:
             raise CheckpointError(f"{revision_flag} is for Hub ids, but {text} is a local folder: leave it out.")
-        return _Source(folder, None)
+        return Source(folder, None)
     if folder.exists() or not _HUB_ID.fullmatch(text):
         raise CheckpointError(
             f"{text} is neither a folder nor a Hub id: pass a folder that save_pretrained has written."
@@ -231,25 +234,47 @@ def _resolve(text: str, revision: str | None, revision_flag: str) -> _Source:
         snapshot = snapshot_download(
             text,
             revision=revision,
-            allow_patterns=[_WEIGHTS, "model-*.safetensors", *_COPIED],
+            allow_patterns=[_WEIGHTS, "model-*.safetensors", ADAPTER_WEIGHTS, *_COPIED],
             ignore_patterns=["*/*.safetensors", "*/*.json", "*/*.txt", "*/*.model"],
         )
     except Exception as error:  # whatever the client and its HTTP library raise: the user needs one line, not a trace
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{text} is no local folder, and the Hub did not give it: {reason}") from error
-    return _Source(Path(snapshot), text)
+    return Source(Path(snapshot), text)
 
 
-def _read_checkpoint(source: _Source) -> _Checkpoint:
+def _are_adapters(new: Source, old: Source) -> bool:
+    """Whether both are adapters (True) or models (False); one of each is refused, and a folder that is both."""
+    kinds = []
+    for source in (new, old):
+        adapter = (source.folder / ADAPTER_CONFIG).is_file()
+        model = (source.folder / _WEIGHTS).is_file() or (source.folder / _INDEX).is_file()
+        if adapter and model and (source.folder / ADAPTER_WEIGHTS).is_file():
+            raise CheckpointError(
+                f"{source.name} holds a model and an adapter ({ADAPTER_CONFIG}), so that it is not clear which of "
+                "them is meant: move one of them elsewhere."
+            )
+        kinds.append(adapter and not model)
+    if kinds[0] != kinds[1]:
+        adapter_name, adapter_source = ("NEW", new) if kinds[0] else ("OLD", old)
+        other_name, other_source = ("OLD", old) if kinds[0] else ("NEW", new)
+        raise CheckpointError(
+            f"{adapter_name} ({adapter_source.name}) is a PEFT adapter and {other_name} ({other_source.name}) is not: "
+            "pass two adapters of one base, or merge the adapter into its base first (merge_and_unload, in float32)."
+        )
+    return kinds[0]
+
+
+def _read_checkpoint(source: Source) -> _Checkpoint:
     """Read index, configuration and headers of a checkpoint: all that is needed to check it, none of its weights."""
     folder = source.folder
     config_file, index_file = folder / "config.json", folder / _INDEX
-    config = _read_json(config_file) if config_file.is_file() else {}
+    config = read_json(config_file) if config_file.is_file() else {}
     if (folder / _WEIGHTS).is_file():  # before the index, as transformers does
         weight_map = None
         shards = [folder / _WEIGHTS]
     elif index_file.is_file():
-        weight_map = _read_json(index_file).get("weight_map")
+        weight_map = read_json(index_file).get("weight_map")
         if not isinstance(weight_map, dict) or not all(_is_file_name(file) for file in weight_map.values()):
             raise CheckpointError(f"{index_file} has no usable weight_map: save the model again.")
         shards = [folder / file for file in sorted(set(weight_map.values()))]
@@ -267,7 +292,7 @@ def _read_checkpoint(source: _Source) -> _Checkpoint:
             raise CheckpointError(
                 f"{source.name} lacks {shard.name}, which its index names: the checkpoint is incomplete."
             )
-        for name, entry in _read_header(shard).items():
+        for name, entry in read_header(shard).items():
             if name in tensors:
                 raise CheckpointError(f"{name!r} is in two shards of {source.name}: save the model again.")
             tensors[name] = entry
@@ -279,14 +304,8 @@ def _read_checkpoint(source: _Source) -> _Checkpoint:
     return _Checkpoint(shards, tensors, config)
 
 
-def _no_weights(source: _Source) -> CheckpointError:
+def _no_weights(source: Source) -> CheckpointError:
     folder = source.folder
-    if (folder / "adapter_config.json").is_file():
-        return CheckpointError(
-            f"{source.name} is a PEFT adapter: extrapolating A and B by themselves gives another matrix than "
-            "extrapolating their product. Merge it into its base first (merge_and_unload, in float32), or extrapolate "
-            "during training with APOTrainer."
-        )
     if any(folder.glob("pytorch_model*.bin")):
         return CheckpointError(
             f"{source.name} has its weights as a pickle (pytorch_model.bin), which is not read because it can run "
@@ -294,7 +313,7 @@ def _no_weights(source: _Source) -> CheckpointError:
         )
     return CheckpointError(
         f"{source.name} has neither {_WEIGHTS} nor {_INDEX}: pass a full model that save_pretrained has written "
-        "(safetensors; pickled weights have to be converted with it first)."
+        "(safetensors; pickled weights have to be converted with it first), or a LoRA adapter."
     )
 
 
@@ -302,26 +321,7 @@ def _is_file_name(value: object) -> bool:
     return isinstance(value, str) and value.endswith(".safetensors") and value == os.path.basename(value)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} holds no JSON object: save the model again.")
-    return value
-
-
-def _read_header(file: Path) -> dict[str, Entry]:
-    from safetensors import SafetensorError
-
-    try:
-        return read_header(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
-
-
-def _check_pair(new: _Checkpoint, old: _Checkpoint, source_new: _Source, source_old: _Source) -> None:
+def _check_pair(new: _Checkpoint, old: _Checkpoint, source_new: Source, source_old: Source) -> None:
     """Refuse checkpoints that do not fit each other, naming the first tensor."""
     tied_new, tied_old = _ties_embeddings(new.config), _ties_embeddings(old.config)
     only_new = [name for name in new.tensors if name not in old.tensors]
@@ -382,8 +382,7 @@ def _files_to_copy(new: Path) -> list[Path]:
 def _model_card(alpha: float, new_hub_id: str | None, old_hub_id: str | None) -> str:
     hub_ids = [hub_id for hub_id in dict.fromkeys((new_hub_id, old_hub_id)) if hub_id]
     base = "base_model:\n" + "".join(f"- {hub_id}\n" for hub_id in hub_ids) if hub_ids else ""
-    new, old = (f"[{i}](https://huggingface.co/{i})" if i else "a local checkpoint" for i in (new_hub_id, old_hub_id))
-    return f"""---
+    head = f"""---
 library_name: transformers
 {base}tags:
 - accelerated-preference-optimization
@@ -395,7 +394,37 @@ library_name: transformers
 These weights are one extrapolation step of *accelerated* preference optimization
 ([arXiv 2410.06293](https://arxiv.org/abs/2410.06293), equation 3.6): `NEW + alpha * (NEW - OLD)`, computed tensor by
 tensor without data or training.
+"""
+    return head + _card_body(alpha, new_hub_id, old_hub_id)
 
+
+def _adapter_card(
+    alpha: float, new_hub_id: str | None, old_hub_id: str | None, base_model: str | None, rank: int
+) -> str:
+    # A path on somebody's disk is nobody else's business, and no link.
+    on_hub = base_model and _HUB_ID.fullmatch(base_model) and not Path(base_model).exists()
+    base = f"base_model: {base_model}\n" if on_hub else ""
+    head = f"""---
+library_name: peft
+{base}tags:
+- accelerated-preference-optimization
+- lora
+- trl-extras
+---
+
+# Extrapolated adapter
+
+This LoRA adapter is one extrapolation step of *accelerated* preference optimization
+([arXiv 2410.06293](https://arxiv.org/abs/2410.06293), equation 3.6): the change of the base's weights is that of
+`NEW + alpha * (NEW - OLD)`, of two adapters of one base, computed without data or training. It is exact,
+at rank {rank}. Load it with peft on the original base.
+"""
+    return head + _card_body(alpha, new_hub_id, old_hub_id)
+
+
+def _card_body(alpha: float, new_hub_id: str | None, old_hub_id: str | None) -> str:
+    new, old = (f"[{i}](https://huggingface.co/{i})" if i else "a local checkpoint" for i in (new_hub_id, old_hub_id))
+    return f"""
 | | |
 |---|---|
 | alpha | {alpha} |
@@ -440,7 +469,7 @@ def _write_shards(new: _Checkpoint, old: _Checkpoint, alpha: float, folder: Path
                 for size, future in futures:
                     squared_norm += future.result()
                     bar.update(size)
-                syncs.append(syncer.submit(_fsync, output))
+                syncs.append(syncer.submit(fsync, output))
             for sync in syncs:
                 sync.result()
     finally:
@@ -501,16 +530,6 @@ def _read_into(buffer: bytearray, file: Path, start: int, size: int) -> None:
         read_into(buffer, file, start, size)
     except EOFError as error:
         raise CheckpointError(str(error)) from error
-
-
-def _fsync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder to sync it
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
