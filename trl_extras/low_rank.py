@@ -21,8 +21,7 @@ A change is held as its two factors, `Factors(a, b)`:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -87,26 +86,11 @@ def inner_product(first: Factors, second: Factors) -> float:
     return float((outputs * inputs).sum())
 
 
-def gram(changes: Sequence[Mapping[str, Factors]]) -> Tensor:
-    """
-    The inner products of changes of a whole model, (n, n) in float64 on the CPU.
-
-    Args:
-        changes: for each of n changes, its factors by layer; the same layers in all.
-    """
-    products = torch.zeros(len(changes), len(changes), dtype=torch.float64)
-    for row, first in enumerate(changes):
-        for column in range(row + 1):
-            total = math.fsum(inner_product(first[layer], changes[column][layer]) for layer in first)
-            products[row, column] = products[column, row] = total
-    return products
-
-
-def product_under(gram_matrix: Tensor, left: Sequence[float], right: Sequence[float]) -> float:
-    """The inner product of two sums of changes, from their coefficients and the changes' `gram`."""
-    size = len(gram_matrix)
+def product_under(gram: Tensor, left: Sequence[float], right: Sequence[float]) -> float:
+    """The inner product of two sums of n changes, from their coefficients and the changes' inner products, (n, n)."""
+    size = len(gram)
     vectors = [torch.tensor(pad(c, size), dtype=torch.float64) for c in (left, right)]
-    return float(vectors[0] @ gram_matrix @ vectors[1])
+    return float(vectors[0] @ gram @ vectors[1])
 
 
 def truncate(change: Factors, rank: int) -> tuple[Factors, float, float]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import datasets
 import torch
 import xxhash
+from accelerate.utils import is_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -123,6 +124,16 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
                 "`adapter_output` is 'merged', but the base is quantized, and merging into it would round the "
                 "change away: save the adapter, and merge it into the original weights with peft."
             )
+
+    def _unsupported_adapters(self, given: dict[str, Any], config: Any) -> Iterator[tuple[str, str]]:
+        yield from super()._unsupported_adapters(given, config)
+        model = given.get("model")
+        if given.get("peft_config") is None and hasattr(model, "peft_config") and is_peft_model(model):
+            from ..rounds.adapters import why_not_model
+
+            # Before the parent adds its copy of the adapter, at which peft takes a merged one out of the base again.
+            if reason := why_not_model(model):
+                yield reason
 
     @staticmethod
     def _adapter_outputs(config: Any) -> list[str]:
@@ -335,6 +346,11 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
         if self._multi_round and self._round < 0 and dataset is self.train_dataset:
             self._eval_without_logps = copy.copy(self.eval_dataset)
             return dataset
+        if self._multi_round and self._round >= 0:
+            # Of a set that `evaluate` is given. The parent keeps values for good, by the model that it began with, but
+            # the reference is another one in every round.
+            with self._evaluating():
+                return _with_columns(dataset, self._reference_logps(dataset, name))
         return super()._precompute_ref_logps(dataset, name, batch_size)
 
     def _with_reference_logps(self, reference: str, rows: Any, folder: RoundFolder, restored: bool) -> Any:

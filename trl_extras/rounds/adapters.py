@@ -21,6 +21,7 @@ trainable when it is enabled again.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import random
@@ -38,6 +39,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 from transformers import set_seed
 
 from .. import low_rank, state_dicts
@@ -58,15 +60,16 @@ _UNDERSTOOD = {
     "target_modules", "task_type", "use_rslora", "eva_config",
 }  # fmt: skip
 _REASONS = {
-    "use_dora": "DoRA reads the base's weights past the history of earlier rounds.",
-    "modules_to_save": "whole modules would be trained, which the sum of the rounds' adapters cannot hold.",
+    "use_dora": "DoRA reads the base's weights past the history of earlier rounds. Use plain LoRA or rsLoRA.",
+    "modules_to_save": "whole modules would be trained, which the sum of the rounds' adapters cannot hold. Leave it "
+    "out, or name those modules in `target_modules`.",
     "trainable_token_indices": "rows of the embedding would be trained, which the sum of the rounds' adapters cannot "
-    "hold. Where TRL adds it for new tokens, add those to the base model first.",
-    "bias": "the base's biases would be trained, but the base is never written.",
-    "lora_bias": "a bias is no change of low rank.",
+    "hold. Leave it out; where TRL adds it for new tokens, add those to the base model first.",
+    "bias": "the base's biases would be trained, but the base is never written. Use 'none'.",
+    "lora_bias": "a bias is no change of low rank. Leave it out.",
     "target_parameters": "those layers have no place for the history of earlier rounds. Name modules instead.",
     "ensure_weight_tying": "tied adapters have no history of their own. Leave it out.",
-    "layer_replication": "a saved adapter would fit the replicated layers alone.",
+    "layer_replication": "a saved adapter would fit the replicated layers alone. Leave it out.",
 }
 # What an adapter of a later round starts from, and what starts a run at the base itself.
 _ZERO_STARTS = (True, "gaussian", "eva")
@@ -110,6 +113,31 @@ def why_not(config: Any, passed: bool, fresh: bool) -> tuple[str, str] | None:
     return None
 
 
+def why_not_model(model: Any) -> tuple[str, str] | None:
+    """Why rounds cannot train a PeftModel of a user's, whatever its configuration; or None. Returns as `why_not`."""
+    own = [name for name in model.peft_config if name != REFERENCE_ADAPTER]
+    active = list(model.active_adapters)
+    if len(own) != 1 or active != own:
+        return (
+            f"A PeftModel with the adapters {', '.join(own) or 'none'}, of which {', '.join(active) or 'none'} is "
+            "active,",
+            "rounds train the only one there is. Delete the others.",
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and module.merged:
+            return (
+                f"A PeftModel whose adapter is merged into {name}",
+                "the base is never written, but holds the adapter now. Pass the model without merging it.",
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and f".{own[0]}" not in name:
+            return (
+                f"{name}, which is trained beside the adapter,",
+                "the base is never written. Freeze it, or name its module in `target_modules`.",
+            )
+    return None
+
+
 class LoraRounds(TrainableState):
     """
     The policy of rounds with LoRA. Its weights are the base, the history below the adapter, and the adapter.
@@ -125,25 +153,15 @@ class LoraRounds(TrainableState):
     def __init__(self, model: Any, passed: bool, seed: int, num_rounds: int):
         self.model = model
         self._num_rounds = num_rounds
-        active = [name for name in model.peft_config if name != REFERENCE_ADAPTER]
-        if len(active) != 1 or list(model.active_adapters) != active:
-            raise ConfigurationError(
-                f"The model has the adapters {', '.join(sorted(model.peft_config))}, of which "
-                f"{', '.join(model.active_adapters) or 'none'} is active, but rounds train the only one there is: "
-                "delete the others."
-            )
-        self._adapter = active[0]
+        if reason := why_not_model(model):
+            raise ConfigurationError(f"{reason[0]} does not work with rounds: {reason[1]}")
+        (self._adapter,) = model.active_adapters
         self._config: LoraConfig = model.peft_config[self._adapter]
         self._layers: dict[str, LoraLayer] = {}
         for name, module in model.named_modules():
             if isinstance(module, LoraLayer) and self._adapter in module.r:
                 self._check_layer(name, module)
                 self._layers[name] = module
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and f".{self._adapter}" not in name:
-                raise ConfigurationError(
-                    f"{name} is trained beside the adapter, but rounds keep adapters alone: freeze it."
-                )
         self._base = base_fingerprint(model)
         self._bases: list[dict[str, Factors]] = []
         self._digests: list[str] = []
@@ -165,6 +183,7 @@ class LoraRounds(TrainableState):
             # Round 0 trains the adapter itself on; of the start as such its policy has nothing.
             self._append(_copies(current), [0.0])
         self._hooks = {name: _History(layer, self._adapter) for name, layer in self._layers.items()}
+        self._handles: list[RemovableHandle] = []
         self._installed = False
 
     @staticmethod
@@ -175,8 +194,11 @@ class LoraRounds(TrainableState):
                 f"{name} is a LoRA layer of type {type(layer).__name__}, which rounds have not been made to work "
                 "with: leave it out of `target_modules`."
             )
-        if layer.merged:
-            raise ConfigurationError(f"The adapter is merged into {name}: call `unmerge_adapter()` first.")
+        if getattr(layer.get_base_layer(), "max_norm", None) is not None:
+            raise ConfigurationError(
+                f"{name} is an embedding with `max_norm`, which writes to its weights as they are read, but rounds "
+                "keep the base and the history as they are: leave it out of `target_modules`."
+            )
 
     # ---- The live parts ----
 
@@ -238,15 +260,25 @@ class LoraRounds(TrainableState):
                 return
             self._installed = True
             for name, layer in self._layers.items():
-                layer.base_layer.register_forward_hook(self._hooks[name])
+                self._handles.append(layer.base_layer.register_forward_hook(self._hooks[name]))
                 layer.get_delta_weight = types.MethodType(_delta_with_history, self._hooks[name])
             # Bound to this object, so that a copy of the model has a copy of it.
             self.model.save_pretrained = types.MethodType(_save_pretrained, self)
+            for way in ("unload", "merge_and_unload"):
+                setattr(self.model.base_model, way, functools.partial(self._unload, way))
         for name, layer in self._layers.items():
             hook, (device, dtype) = self._hooks[name], self._place(layer)
             hook.policy = self._sum(name, self._below, device, dtype)
             hook.has_reference = self._reference is not None
             hook.reference = self._sum(name, self._reference or [], device, dtype)
+
+    def _unload(self, way: str, *args: Any, **kwargs: Any) -> Any:
+        """peft's `unload` or `merge_and_unload`: the plain model that it leaves has no business with the history."""
+        tuner = self.model.base_model
+        plain = getattr(type(tuner), way)(tuner, *args, **kwargs)
+        for handle in self._handles:
+            handle.remove()
+        return plain
 
     def _place(self, layer: LoraLayer) -> tuple[torch.device, torch.dtype]:
         change = _factors_of(layer, self._adapter)
@@ -417,6 +449,8 @@ class LoraRounds(TrainableState):
             self._reference = [1.0]
         self._set_current(current)
         self._begun = True
+        # A run goes on, whose checkpoints show adapters, after one of this object may have ended with something else.
+        self.output = None
         self._install()
 
     def check(self, folder: Path) -> dict[str, str]:
@@ -493,9 +527,6 @@ class LoraRounds(TrainableState):
         if not any(self._below) and used <= 1:
             # The adapter alone, as peft itself would save it.
             return {n: _peft_shapes(self._layers[n], self._adapter, f) for n, f in self._current().items()}, config
-        if used == 0:
-            # Nothing is left of the history: an adapter that changes nothing, of the smallest rank that there is.
-            vector, used = [*self._below, 1.0], 1
         return self._summed(vector), _with_scaling_inside(
             config, config.r * used, {key: rank * used for key, rank in (config.rank_pattern or {}).items()}
         )
@@ -516,12 +547,28 @@ class LoraRounds(TrainableState):
     def check_merge(self) -> None:
         """Raise a ConfigurationError if the sum cannot be written into the base's weights."""
         base = self.model.get_base_model()
-        tied = base.get_input_embeddings() if getattr(base.config, "tie_word_embeddings", False) else None
+        if getattr(base, "is_quantized", False):
+            # Only the loaded model tells where its files are quantized.
+            raise ConfigurationError(
+                "`adapter_output` is 'merged', but the base is quantized, and merging into it would round the change "
+                "away: save the adapter, and merge it into the original weights with peft."
+            )
+        names: dict[int, list[str]] = {}
+        for name, parameter in base.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
         for name, layer in self._layers.items():
-            if layer is tied or layer.get_base_layer() is tied:
+            own = name.removeprefix("base_model.model.")
+            others = [other for other in names[id(layer.get_base_layer().weight)] if other != f"{own}.weight"]
+            if others:
                 raise ConfigurationError(
-                    f"`adapter_output` is 'merged', but the adapter changes {name}, whose weight the model's head "
-                    "shares: merged, it would change the head too. Save the adapter, or untie the embeddings first."
+                    f"`adapter_output` is 'merged', but the adapter changes {name}, whose weight {others[0]} shares: "
+                    "merged, it would change that too. Save the adapter, or untie the weights first."
+                )
+            if (groups := getattr(layer.get_base_layer(), "groups", 1)) > 1:
+                raise ConfigurationError(
+                    f"`adapter_output` is 'merged', but {name} is a convolution of {groups} groups, whose weight has "
+                    "no place for its adapter's change, which mixes them: save the adapter, or leave the layer out "
+                    "of `target_modules`."
                 )
 
     @one_thread
@@ -584,7 +631,8 @@ class LoraRounds(TrainableState):
             merged = tensor.detach().cpu()
             state[name.replace(".base_layer.", ".")] = merged.float() if merged.is_floating_point() else merged
         for name, layer in self._layers.items():
-            shapes = merged_factors[name] if merged_factors is not None else self._sum(name, vector)
+            # A policy that is the base has no factors.
+            shapes = merged_factors.get(name) if merged_factors is not None else self._sum(name, vector)
             if shapes is not None:
                 key = f"{name.removeprefix(prefix)}.weight"
                 state[key] = state[key] + _delta(layer, self._adapter, shapes).cpu()
@@ -642,6 +690,9 @@ class _History:
             )
             added = low @ b.T
             scale = getattr(own, "embed_scale", None)
+            if isinstance(scale, (int, float)):
+                # In the weight's dtype, as peft takes it.
+                scale = torch.tensor(scale, dtype=own.weight.dtype, device=x.device)
             return (output + (added if scale is None else added * scale.to(added.dtype))).to(output.dtype)
         autocast = torch.is_autocast_enabled(x.device.type)
         if not autocast:

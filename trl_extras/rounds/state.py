@@ -155,7 +155,7 @@ def base_fingerprint(model: torch.nn.Module) -> str:
             continue
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)}".encode())
-        flat = parameter.detach().view(-1)
+        flat = parameter.detach().reshape(-1)
         sample = flat[:: max(len(flat) // _SAMPLED, 1)].cpu().contiguous()
         digest.update(sample.view(torch.uint8).numpy().data)
     return digest.hexdigest()
