@@ -159,13 +159,16 @@ def leave_the_reference(model: torch.nn.Module, size: float = 0.5) -> None:
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(size * torch.randn_like(parameter) * parameter.abs().mean())
+            if parameter.requires_grad:
+                # A fresh adapter's second factor is zero.
+                scale = parameter.abs().mean() if parameter.any() else 0.1
+                parameter.add_(size * torch.randn_like(parameter) * scale)
 
 
 class Case:
     """A trainer whose policy has left its reference, a window of pairs, and the same by hand."""
 
-    def __init__(self, make_spo: Any, micro_batches: int, sft: bool = True, **kwargs: Any):
+    def __init__(self, make_spo: Any, micro_batches: int, sft: bool = True, reference: Any = None, **kwargs: Any):
         given = {"sft_dataset": tiny.make_sft_rows(7)} if sft else {}
         self.trainer = make_spo(
             per_device_train_batch_size=2, gradient_accumulation_steps=micro_batches, beta=0.3, **given, **kwargs
@@ -178,9 +181,11 @@ class Case:
         self.pairs = [
             ((row["prompt_ids"], row["chosen_ids"]), (row["prompt_ids"], row["rejected_ids"])) for row in rows
         ]
-        initial = dict(trainer.ref_model.named_parameters())
+        # An adapter's is no model of the trainer's.
+        reference = trainer.ref_model if reference is None else reference
+        initial = dict(reference.named_parameters())
         with torch.no_grad():
-            score = lambda example: float(slow.log_prob(trainer.ref_model, initial, example))  # noqa: E731
+            score = lambda example: float(slow.log_prob(reference, initial, example))  # noqa: E731
             self.references = [(score(chosen), score(rejected)) for chosen, rejected in self.pairs]
             self.chosen = [chosen for chosen, _ in self.pairs]
             self.rows: list[slow.Example] = []
@@ -196,7 +201,11 @@ class Case:
             self.sources = [(self.chosen, [floor(example) for example in self.chosen])]
             if sft:
                 self.sources.append((self.rows, [floor(example) for example in self.rows]))
-        self.theta = {name: p.detach().clone().requires_grad_() for name, p in trainer.model.named_parameters()}
+        self.theta = {
+            name: p.detach().clone().requires_grad_()
+            for name, p in trainer.model.named_parameters()
+            if p.requires_grad
+        }
 
     def objective(self, weights: slow.Weights) -> torch.Tensor:
         args = self.trainer.args
@@ -226,7 +235,7 @@ class Case:
         total = 0.0
         for batch in self.batches:
             total += float(trainer.training_step(trainer.model, batch))
-        return torch.cat([p.grad.flatten() for p in trainer.model.parameters()]), total
+        return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad]), total
 
 
 def far(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -226,10 +226,11 @@ def test_our_names_hide_nothing_of_upstreams_by_accident() -> None:
     """Else: a new method or attribute of upstream's and one of ours overwrite each other, silently."""
     overridden = {
         WholeCheckpoints: {
-            *_compat.OVERRIDDEN_TRAINER_METHODS, "create_model_card", "save_model", "train", "training_step",
+            *_compat.OVERRIDDEN_TRAINER_METHODS, *_compat.OVERRIDDEN_LOADING, "create_model_card", "save_model",
+            "train", "training_step",
         },
         RoundsTrainer: {
-            *_compat.OVERRIDDEN_BY_ROUNDS, "create_optimizer", "create_scheduler", "set_initial_training_values",
+            *_compat.OVERRIDDEN_LOADING, "create_optimizer", "create_scheduler", "set_initial_training_values",
             "train",
         },
         RolloutsTrainer: {*_compat.OVERRIDDEN_DATA_METHODS, "evaluate"},

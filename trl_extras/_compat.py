@@ -16,8 +16,8 @@ TRAINER_STATE_NAME = "trainer_state.json"
 
 # Overridden by the rounds mixin (transformers.Trainer) and by APOTrainer (trl.DPOTrainer).
 OVERRIDDEN_TRAINER_METHODS = ("_get_output_dir", "_save_checkpoint", "_push_from_checkpoint")
-# Overridden by the rounds, where they have adapters.
-OVERRIDDEN_BY_ROUNDS = ("_load_from_checkpoint",)
+# Overridden where a run goes on with adapters, by the checkpoints and by the rounds.
+OVERRIDDEN_LOADING = ("_load_from_checkpoint",)
 # What DPOTrainer calls its frozen copy of an adapter that is passed, and has as the reference while it is there.
 REFERENCE_ADAPTER = "ref"
 # Called on a transformers.Trainer.
@@ -39,9 +39,9 @@ __all__ = [
     "CALLED_BY_SPO",
     "CALLED_TRAINER_METHODS",
     "DPO_ATTRIBUTES",
-    "OVERRIDDEN_BY_ROUNDS",
     "OVERRIDDEN_DATA_METHODS",
     "OVERRIDDEN_DPO_METHODS",
+    "OVERRIDDEN_LOADING",
     "OVERRIDDEN_SFT_METHODS",
     "OVERRIDDEN_TRAINER_METHODS",
     "PREFIX_CHECKPOINT_DIR",

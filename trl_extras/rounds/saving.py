@@ -290,6 +290,15 @@ class WholeCheckpoints(_Parent):
         """
         return {"format": "trl-extras checkpoint", "version": STATE_VERSION, "trl_extras": __version__}, {}
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Upstream's, with every weight in the dtype it had: peft loads adapters in float32, but TRL trains one on a
+        quantized model in bfloat16."""
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != dtypes.get(name, parameter.dtype):
+                parameter.data = parameter.data.to(dtypes[name])
+
     # ---- Model card ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -217,6 +217,12 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
                 f"`sft_optimum='reference'` of an SFT dataset is computed before training, with whole weights, but "
                 f"{sharded} keeps them in shards: use DDP, or give `sft_optimum` as a number."
             )
+        quantized = given.get("quantization_config") is not None or getattr(given.get("model"), "is_quantized", False)
+        if quantized and inside:
+            raise ConfigurationError(
+                f"{solver} adds small steps to the weights, but TRL trains the adapter of a quantized model in "
+                "bfloat16, which would lose them to rounding: use 'penalty', or load the model unquantized."
+            )
         if getattr(config, "parallelism_config", None) is not None:
             raise ConfigurationError(
                 "`parallelism_config` splits sequences or repeats batches over processes, and the floor is one of "
@@ -358,7 +364,9 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The parent's `evaluate`; a loss without a reference evaluates sets that it was given with the trainer."""
         new = eval_dataset is not None and not isinstance(eval_dataset, str)
-        if new and self.args.is_reference_free and self.ref_model is None and self.state.global_step > 0:
+        # A model with an adapter has its reference in it.
+        gone = self.ref_model is None and not hasattr(self.model, "peft_config")
+        if new and self.args.is_reference_free and gone and self.state.global_step > 0:
             raise ConfigurationError(
                 f"`loss_type={self.args.loss_type}` keeps no reference model, so the reference's values of another "
                 "`eval_dataset` cannot be had once training has begun: pass it when the trainer is made."
