@@ -73,9 +73,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
 import torch
+from peft import LoraConfig, get_peft_model
 from pyarrow import parquet
 from tqdm import tqdm
-from transformers import PreTrainedModel, TrainerState
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerState
 from transformers.trainer_callback import CallbackHandler
 from trl import DPOTrainer
 
@@ -88,6 +89,7 @@ from trl_extras.rollouts.sampling import TransformersSampler
 from trl_extras.rollouts.store import RolloutStore
 from trl_extras.rollouts.trainer import RolloutsTrainer
 from trl_extras.rounds import checkpoints, durable
+from trl_extras.rounds.adapters import LoraRounds
 from trl_extras.rounds.saving import WholeCheckpoints
 from trl_extras.rounds.state import FullWeights
 from trl_extras.rounds.trainer import RoundsTrainer
@@ -126,6 +128,10 @@ LEVELS: tuple[tuple[tuple[Any, str, str], ...], ...] = (
         (FullWeights, "save", "weights written"),
         (FullWeights, "extrapolate", "extrapolation"),
         (FullWeights, "distances", "norms"),
+        (LoraRounds, "save", "adapters written"),
+        (LoraRounds, "save_state", "adapters apart written"),
+        (LoraRounds, "rebase", "an adapter joins the history"),
+        (LoraRounds, "load", "adapters read"),
         (TrainerState, "save_to_json", "trainer_state.json"),
         (APOTrainer, "_with_reference_logps", "reference log-probs"),
         (RoundsTrainer, "_write_summaries", "rounds.jsonl"),
@@ -256,6 +262,7 @@ def watch(status: Status, seed: int, method: str | None = None) -> None:
 def make_trainer(case: Case, folder: Path, other: str | None) -> Any:
     cls: Any = APOTrainer
     base, settings, given = case.base, dict(case.settings), {}
+    adapter = settings.get("adapter")
     if case.method is not None:
         cls = spo.METHODS[case.method]
         base, settings, given = spo.arguments(case, other)
@@ -265,6 +272,9 @@ def make_trainer(case: Case, folder: Path, other: str | None) -> Any:
         return spr.make_trainer(base, folder, settings)
     if case.on_policy:
         return on_policy.make_trainer(base, folder, settings, cls, **given)
+    settings.pop("adapter", None)
+    if adapter is not None:
+        given |= adapted(base, adapter)
     data = tiny.make_pairs(settings.pop("rows"))
     if case.processes > 1:
         data = datasets.load_from_disk(str(case.data / "train"))
@@ -276,6 +286,20 @@ def make_trainer(case: Case, folder: Path, other: str | None) -> Any:
         processing_class=tiny.make_tokenizer(),
         **{"model": str(base), **given},
     )
+
+
+def adapted(base: Path, way: str) -> dict[str, Any]:
+    """The trainer's arguments for an adapter."""
+    config = LoraConfig(r=2, lora_alpha=6, lora_dropout=0.1, target_modules=["q_proj", "v_proj", "down_proj"])
+    if way == "configured":
+        return {"peft_config": config}
+    torch.manual_seed(5)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    return {"model": model}
 
 
 def live(case: Case, folder: Path, resume: Any, other: str | None) -> dict[str, Any]:
@@ -359,6 +383,8 @@ def draw_settings(draw: random.Random, processes: int) -> dict[str, Any]:
         "lr_scheduler_type": draw.choice(["linear", "cosine"]),
         "optim": draw.choice(["adamw_torch"] * 3 + ["rmsprop"]),
         "ref_model": draw.random() < 0.15,
+        # A fresh adapter a round, from a configuration or after one that is passed; or full weights.
+        "adapter": draw.choice([None, None, "configured", "passed"]),
     }
 
 

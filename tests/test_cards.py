@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import pytest
 import yaml
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
@@ -308,3 +309,24 @@ def test_offline_responses_in_a_folder_are_not_named(tmp_path: Path, base: Path)
     assert "6 responses of a dataset" in " ".join(card.split())
     assert "offline_dataset_name" not in configuration(card)
     assert_private(tmp_path / "out", "private_place")
+
+
+@pytest.mark.parametrize(
+    ("settings", "library", "saved"),
+    [
+        ({}, "peft", "one adapter of rank 4 for the original model"),
+        ({"adapter_rank": 3, "adapter_rank_tolerance": 0.9}, "peft", "one adapter truncated to rank 3 for the"),
+        ({"adapter_output": "merged"}, "transformers", "That sum, of rank 4, is merged into the weights"),
+    ],
+)
+def test_of_adapters(make_apo: Any, tmp_path: Path, settings: dict[str, Any], library: str, saved: str) -> None:
+    adapter = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    trainer = make_apo(num_rounds=2, peft_config=adapter, learning_rate=1e-2, **settings)
+    trainer.train()
+    trainer.save_model()
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == library
+    text = " ".join(card.split())
+    assert "Each round trained a fresh adapter of it (LORA, rank 2)" in text
+    assert saved in text
+    assert str(tmp_path) not in card

@@ -167,7 +167,7 @@ def build_card(
     data = ModelCardData(
         base_model=base_id,
         datasets=dataset_name,
-        library_name="peft" if hasattr(trainer.model, "peft_config") else "transformers",
+        library_name="peft" if _is_adapter(trainer) else "transformers",
         model_name=model_name or repo_id.split("/")[-1],
         tags=sorted(names),
         license=None,
@@ -192,7 +192,7 @@ def build_card(
             if base_id
             else "It started from a model that is not on the Hub."
         )
-        + _adapter(trainer.model),
+        + _adapter(trainer),
         data=f"The {what} are [{dataset_name}](https://huggingface.co/datasets/{dataset_name})."
         if dataset_name
         else "",
@@ -271,14 +271,33 @@ def _rounds(args: Any) -> str:
     )
 
 
-def _adapter(model: Any) -> str:
+def _output(trainer: Any) -> Any:
+    """What a run in rounds with fresh adapters leaves, if that is not the sum of them as it is."""
+    return getattr(getattr(trainer, "_weights", None), "output", None)
+
+
+def _is_adapter(trainer: Any) -> bool:
+    return hasattr(trainer.model, "peft_config") and not getattr(_output(trainer), "merged", False)
+
+
+def _adapter(trainer: Any) -> str:
     """What was trained in place of the model's own weights, or nothing."""
-    configs = list(getattr(model, "peft_config", {}).values())
+    configs = list(getattr(trainer.model, "peft_config", {}).values())
     if not configs:
         return ""
     kind = str(getattr(configs[0].peft_type, "value", configs[0].peft_type))
     rank = getattr(configs[0], "r", None)
-    return f" An adapter of it was trained ({kind}{f', rank {rank}' if rank else ''}), which peft loads."
+    name = f"{kind}{f', rank {rank}' if rank else ''}"
+    whole, output = getattr(getattr(trainer, "_weights", None), "rank", None), _output(trainer)
+    if whole is None or (whole == rank and output is None):
+        return f" An adapter of it was trained ({name}), which peft loads."
+    of_rank = f" of rank {whole}" if output is None or output.rank is None else f" truncated to rank {output.rank}"
+    saved = (
+        f"That sum,{of_rank}, is merged into the weights of this model, in float32."
+        if output is not None and output.merged
+        else f"What is saved is that sum, one adapter{of_rank} for the original model, which peft loads."
+    )
+    return f" Each round trained a fresh adapter of it ({name}) on top of the sum of those before. {saved}"
 
 
 def _weighted(trainer: Any) -> str:

@@ -5,7 +5,9 @@ against SFTTrainer.
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python recipes/benchmarks/step_cost.py
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python recipes/benchmarks/step_cost.py --methods spo spo-sft
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python recipes/benchmarks/step_cost.py --methods spr
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python recipes/benchmarks/step_cost.py --lora q_proj v_proj
     python recipes/benchmarks/step_cost.py --memory
+    python recipes/benchmarks/step_cost.py --memory --lora q_proj v_proj
 
 Time: whole trainers, two DPOTrainers and those of `--methods`, run in one process and take turns, one step each in a
 drawn order (each takes about 3 GB); a turn lasts from one step's beginning to the next one's, with whatever the loop,
@@ -15,6 +17,11 @@ after every step) the noise is about three times as large.
 
 `--methods spr`: two SFTTrainers and an SPRTrainer, which trains on given responses with rewards, the same rows,
 `--batch-size` of them a step. The thread with which SPRTrainer looks at its memory runs during the others' turns too.
+
+`--lora MODULES`: APOTrainer and DPOTrainer train the same adapter (rank 16, alpha 32, dropout 0.05, which are those of
+`--use_peft` in TRL's scripts; its modules of a Llama are `q_proj v_proj`). APOTrainer has three rounds of
+`--pairs` steps, so that the ratio of each round shows what the history of the rounds before costs. A round's first
+steps are not counted, nor its last one, in whose turn the boundary lies.
 
 Memory (SPR's: `memory.py`): each configuration in a process of its own, without those settings, six steps;
 APOTrainer's are three rounds of two, with both boundaries inside. What is compared is the highest resident size (on a
@@ -46,6 +53,7 @@ import common
 import datasets
 import torch
 import transformers
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -71,6 +79,8 @@ SPO: dict[str, tuple[dict[str, Any], bool]] = {
     ),
     "spo-simpo": ({"loss_type": "simpo", "beta": 2.0}, False),
 }
+# Of a run with `--lora`.
+LORA_ROUNDS = 3
 METHODS = ("apo", *SPO, "spr")
 STOCK = {"dpo": "DPOTrainer", "sft": "SFTTrainer"}
 
@@ -163,6 +173,13 @@ def make_trainer(name: str, folder: Path, options: argparse.Namespace, steps: in
     rows = steps * options.batch_size
     method = name.removesuffix("-precomputed")
     more: dict[str, Any] = {}
+    if options.lora:
+        target: Any = options.lora[0] if options.lora == ["all-linear"] else options.lora
+        more["peft_config"] = LoraConfig(
+            r=16, lora_alpha=32, lora_dropout=0.05, target_modules=target, task_type="CAUSAL_LM"
+        )
+        rounds = LORA_ROUNDS
+        rows *= 1 if method == "apo" else LORA_ROUNDS
     if method == "apo":
         config: Any = APOConfig(**settings, num_rounds=rounds, round_data="split")
         rows *= rounds
@@ -174,7 +191,7 @@ def make_trainer(name: str, folder: Path, options: argparse.Namespace, steps: in
             more["sft_dataset"] = pairs.rename_column("chosen", "completion").remove_columns("rejected")
     else:
         config = DPOConfig(**settings, num_train_epochs=1)
-    loads = method == "apo" or config.precompute_ref_log_probs
+    loads = options.lora or method == "apo" or config.precompute_ref_log_probs
     trainer: Any = {"apo": APOTrainer, **dict.fromkeys(SPO, SPOTrainer)}.get(method, DPOTrainer)
     return trainer(
         model=make_model(options),
@@ -195,8 +212,9 @@ def measure_time(options: argparse.Namespace) -> None:
         )
     stock = stock_of(options.methods)
     names = [stock, f"{stock} again", *options.methods]
-    turns = Turns(names, options.warmup + options.pairs, options.seed)
-    steps = options.warmup + options.pairs + 3
+    steps = options.warmup + options.pairs + (1 if options.lora else 3)
+    # Trainers have a few steps more than turns: a turn is over when the next step begins.
+    turns = Turns(names, LORA_ROUNDS * steps - 3 if options.lora else steps - 3, options.seed)
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         trainers = {name: make_trainer(name, Path(folder), options, steps) for name in names}
         threads = []
@@ -207,6 +225,9 @@ def measure_time(options: argparse.Namespace) -> None:
             thread.start()
         for thread in threads:
             thread.join()
+    if options.lora:
+        print_rounds(options, turns, steps, trainers)
+        return
     seconds = {name: values[options.warmup :] for name, values in turns.seconds.items()}
     rows = list(zip(*(seconds[name] for name in names), strict=True))
     print(
@@ -219,6 +240,27 @@ def measure_time(options: argparse.Namespace) -> None:
     for number, name in enumerate(options.methods, start=2):
         print(f"| {name} against {title} | {common.spread([row[number] / row[0] for row in rows])} |")
         print(f"| {name} against the second {title} | {common.spread([row[number] / row[1] for row in rows])} |")
+
+
+def print_rounds(options: argparse.Namespace, turns: Turns, steps: int, trainers: dict[str, Any]) -> None:
+    """The ratio of every round of each method, with `--lora`."""
+    print(
+        f"\n{common.machine()}; {options.layers} layers, LoRA of rank 16 on {' '.join(options.lora)}, "
+        f"{options.batch_size} pairs of {options.tokens} tokens\n"
+    )
+    first, second, *ours = turns.seconds
+    print("| | round | turns | ratio, median (middle half) |\n|---|---|---|---|")
+    pairs = [(second, first, "DPOTrainer against itself (the yardstick)")]
+    pairs += [(name, stock, f"{name} against {stock}") for name in ours for stock in (first, second)]
+    for name, stock, title in pairs:
+        for number in range(LORA_ROUNDS):
+            # A round's beginning is warm-up, and its end has the boundary in its turn.
+            some = slice(number * steps + options.warmup, (number + 1) * steps - 1)
+            each = [b / a for a, b in zip(turns.seconds[stock][some], turns.seconds[name][some], strict=True)]
+            print(f"| {title} | {number + 1} | {len(each)} | {common.spread(each)} |")
+    for name in ours:
+        rows = trainers[name].round_summaries
+        print(f"\n{name}: boundaries took {', '.join(str(row['boundary_weights_seconds']) for row in rows)} s")
 
 
 def measure_bare(options: argparse.Namespace) -> None:
@@ -268,6 +310,7 @@ def measure_memory(options: argparse.Namespace) -> None:
         for name in names:
             command = [sys.executable, __file__, "--child", name, "--batch-size", str(options.batch_size)]
             command += ["--layers", str(options.layers)]
+            command += ["--lora", *options.lora] if options.lora else []
             command += ["--gradient-checkpointing"] * options.gradient_checkpointing
             command += ["--tokens", str(options.tokens), "--dir", options.dir or tempfile.gettempdir()]
             output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -290,7 +333,8 @@ def memory_child(options: argparse.Namespace) -> None:
     options.precompute = name.endswith("precomputed")
     with tempfile.TemporaryDirectory(dir=options.dir) as folder:
         rounds = {"num_rounds": 3} if name.startswith("apo") else {}
-        trainer = make_trainer(name, Path(folder), options, 2 if rounds else 6, **rounds)
+        # With --lora all of them get three times as many steps.
+        trainer = make_trainer(name, Path(folder), options, 2 if rounds or options.lora else 6, **rounds)
         trainer.train()
         trainer.save_model()
         assert trainer.state.global_step == 6
@@ -314,6 +358,7 @@ def main() -> None:
     parser.add_argument("--model", help="SmolLM2-135M-Instruct's id or folder, for its weights instead of random ones")
     parser.add_argument("--layers", type=int, default=30, help="of the model; fewer for a quicker look")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--lora", nargs="+", metavar="MODULE", help="train an adapter on these modules, or all-linear")
     parser.add_argument(
         "--bare", action="store_true", help="training steps alone, on one batch, without a loop: quick"
     )
@@ -325,6 +370,10 @@ def main() -> None:
     options = parser.parse_args()
     if "spr" in options.methods and (len(set(options.methods)) > 1 or options.memory):
         parser.error("`spr` has SFTTrainer beside it: measure it alone, and its memory with memory.py")
+    if options.lora and options.methods != ["apo"]:
+        parser.error("--lora is about the rounds of `apo`: leave --methods out")
+    if options.lora and options.bare:
+        parser.error("--lora goes through rounds, which --bare has none of: leave one out")
     if options.child:
         memory_child(options)
     elif options.memory:

@@ -43,7 +43,12 @@ DEFAULTS: dict[str, Any] = {
     "beta": 0.1,
     "alpha": 0.3,
     "batch_size": 4,
+    "lora": False,
 }
+# An adapter's rate is about ten times that of the weights themselves.
+LORA_LEARNING_RATE = 4e-4
+# On every linear layer; twice the rank is the usual alpha.
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 # The distribution that is sampled from: the paper's, with fewer tokens.
 NUM_GENERATIONS = 5
@@ -62,10 +67,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--prompts", type=int, help=f"prompts a round, a pair of completions each (default: {DEFAULTS['prompts']})"
     )
-    parser.add_argument("--learning-rate", type=float, help=f"(default: {DEFAULTS['learning_rate']:g})")
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        help=f"(default: {DEFAULTS['learning_rate']:g}, with --lora {LORA_LEARNING_RATE:g})",
+    )
     parser.add_argument("--beta", type=float, help=f"DPO's beta (default: {DEFAULTS['beta']:g})")
     parser.add_argument("--alpha", type=float, help="extrapolation parameter; 0 is iterative DPO (default: 0.3)")
     parser.add_argument("--batch-size", type=int, help=f"pairs a step (default: {DEFAULTS['batch_size']})")
+    parser.add_argument(
+        "--lora", action="store_true", default=None, help="train a LoRA adapter a round instead of the whole model"
+    )
     parser.add_argument("--output", type=Path, help="folder of the run (default: runs/quickstart, -2, -3, ...)")
     parser.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     parser.add_argument(
@@ -117,10 +129,11 @@ def settle(options: argparse.Namespace, say: Any) -> tuple[Path, dict[str, Any]]
             raise Refused(f"--resume: the run in {output} is finished; its table is {output / TABLE_FILE}")
         for name in DEFAULTS:
             given = getattr(options, name)
-            if given is not None and given != settings[name]:
+            # A run of before there was --lora has no word on it.
+            if given is not None and given != settings.get(name, DEFAULTS[name]):
                 flag = "--" + name.replace("_", "-")
                 raise Refused(f"{flag} is {given}, but the run in {output} began with {settings[name]}: leave it out")
-        return output, settings
+        return output, {"lora": False, **settings}
     if options.output is not None:
         output = options.output
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -133,6 +146,8 @@ def settle(options: argparse.Namespace, say: Any) -> tuple[Path, dict[str, Any]]
     settings = {
         name: value if getattr(options, name) is None else getattr(options, name) for name, value in DEFAULTS.items()
     }
+    if settings["lora"] and options.learning_rate is None:
+        settings["learning_rate"] = LORA_LEARNING_RATE
     for name in ("rounds", "prompts", "batch_size"):
         if settings[name] < 1:
             raise Refused(f"--{name.replace('_', '-')} is {settings[name]}, but has to be at least 1")
@@ -408,6 +423,11 @@ def run(options: argparse.Namespace, console: Console) -> None:
             report_to="none",
             disable_tqdm=True,
         )
+        adapter = {}
+        if settings["lora"]:
+            from peft import LoraConfig
+
+            adapter["peft_config"] = LoraConfig(**LORA)
         trainer = APOTrainer(
             model=model,
             args=config,
@@ -416,6 +436,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
             reward_funcs=rewards.vader,
             processing_class=tokenizer,
             callbacks=[AfterRound()],
+            **adapter,
         )
         trainer.remove_callback(PrinterCallback)
         os.environ["TQDM_DISABLE"] = "1"  # the bar above counts everything
@@ -513,6 +534,7 @@ def report(
         "\n[bold]What to try next[/bold]\n"
         "  bash recipes/quickstart/run.sh --alpha 0        iterative DPO: the same rounds without the momentum\n"
         "  bash recipes/quickstart/run.sh --seed 1         how much of the table is chance\n"
+        "  bash recipes/quickstart/run.sh --lora           a LoRA adapter a round: little memory and state\n"
         "  recipes/quickstart/apo.yaml                     the same rounds as a recipe: put your own reward in\n"
         "  docs/apo.md                                     your own data and model; when not to use it",
         highlight=False,

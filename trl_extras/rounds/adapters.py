@@ -402,6 +402,8 @@ class LoraRounds(TrainableState):
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._write_adapter(folder)
+        # peft's card tells where the base lies on this machine; kept iterates may be handed on.
+        (folder / "README.md").unlink(missing_ok=True)
         self.save_state(folder)
 
     def save_state(self, folder: Path) -> None:
