@@ -59,6 +59,11 @@ def pair(saved: Path, tmp_path: Path) -> tuple[Path, Path]:
     return shutil.copytree(saved / "new", tmp_path / "new"), shutil.copytree(saved / "old", tmp_path / "old")
 
 
+def write_state(folder: Path, **about: Any) -> None:
+    """What a run in rounds keeps beside an adapter, as far as the command reads it."""
+    save_file({"x": torch.zeros(1)}, folder / "adapter_rounds.safetensors", {"trl_extras": json.dumps(about)})
+
+
 def run(*words: object) -> int:
     return cli.main([str(word) for word in words])
 
@@ -298,7 +303,7 @@ def test_what_is_written(base: Path, pair: tuple[Path, Path], tmp_path: Path) ->
     for name in ("adapter_rounds.safetensors", "training_args.bin", "trainer_state.json", "optimizer.pt"):
         (new / name).write_bytes(b"{}")
     (new / "adapter_rounds.safetensors").unlink()
-    save_file({"x": torch.zeros(1)}, new / "adapter_rounds.safetensors", {"base": "a"})
+    write_state(new, base="a")
     assert run(new, old, "--alpha", ALPHA, "-o", tmp_path / "out") == 0
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {*tokenizer, "adapter_config.json", "adapter_model.safetensors", "README.md"}
@@ -471,10 +476,16 @@ def test_the_base_is_compared_by_hash_or_by_name(
     reconfigure(old, revision=None)
     assert run(new, old, "--alpha", ALPHA, "-o", tmp_path / "by_name") == 0
     for folder in pair:
-        save_file({"x": torch.zeros(1)}, folder / "adapter_rounds.safetensors", {"base": folder.name})
+        save_file(
+            {"x": torch.zeros(1)},
+            folder / "adapter_rounds.safetensors",
+            {"trl_extras": json.dumps({"base": folder.name})},
+        )
     assert "trained on different bases, by the hash" in refused(capsys, new, old)
     # The same weights under two names.
-    save_file({"x": torch.zeros(1)}, old / "adapter_rounds.safetensors", {"base": new.name})
+    save_file(
+        {"x": torch.zeros(1)}, old / "adapter_rounds.safetensors", {"trl_extras": json.dumps({"base": new.name})}
+    )
     reconfigure(old, base_model_name_or_path="moved/base")
     assert run(new, old, "--alpha", ALPHA, "-o", tmp_path / "by_hash") == 0
 

@@ -1055,3 +1055,13 @@ def test_two_processes_agree_with_one_and_resume(base: Path, tmp_path: Path, mak
         make_apo(
             "wrong", precompute_ref_log_probs=True, optim="sgd", learning_rate=0.1, extrapolation_alpha=[0.6]
         ).train(resume_from_checkpoint=str(tmp_path / "two/checkpoint-3"))
+
+
+def test_a_run_that_starts_again_still_counts_its_rows(make_apo: Any, tmp_path: Path) -> None:
+    """Phases of the same weights are taken over; the number of rows was left behind."""
+    rows = []
+    for _ in range(2):
+        make_apo().train()
+        lines = (tmp_path / "out/rounds.jsonl").read_text(encoding="utf-8").splitlines()
+        rows.append([json.loads(line)["rows"] for line in lines])
+    assert rows == [[8, 8, 8]] * 2

@@ -12,11 +12,14 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
     import torch
+
+# Beside an adapter of a run in rounds: its parts, and in one entry of the metadata, as JSON, what is said of them.
+ADAPTER_STATE_FILE, ADAPTER_STATE_ENTRY = "adapter_rounds.safetensors", "trl_extras"
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
@@ -53,6 +56,15 @@ def read_header(file: Path) -> dict[str, Entry]:
         start, end = info["data_offsets"]
         entries[name] = Entry(file, info["dtype"], tuple(info["shape"]), 8 + length + start, 8 + length + end)
     return entries
+
+
+def read_adapter_state(file: Path) -> dict[str, Any]:
+    """What an adapter's state file says of itself; nothing, of another file."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        about: dict[str, Any] = json.loads((opened.metadata() or {}).get(ADAPTER_STATE_ENTRY, "{}"))
+    return about
 
 
 def read_into(buffer: bytearray, file: Path, start: int, size: int) -> None:

@@ -46,7 +46,7 @@ DEFAULTS: dict[str, Any] = {
     "lora": False,
 }
 # An adapter's rate is about ten times that of the weights themselves.
-LORA_LEARNING_RATE = 4e-4
+LORA_LEARNING_RATE = 1e-3
 # On every linear layer; twice the rank is the usual alpha.
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 

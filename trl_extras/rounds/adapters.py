@@ -46,10 +46,10 @@ from .. import low_rank, state_dicts
 from .._compat import REFERENCE_ADAPTER
 from ..errors import ConfigurationError
 from ..low_rank import Factors
+from ..tensor_files import ADAPTER_STATE_ENTRY, ADAPTER_STATE_FILE, read_adapter_state
 from .state import TrainableState, base_fingerprint, one_thread
 
 
-STATE_FILE = "adapter_rounds.safetensors"
 _STATE_FORMAT = "trl-extras adapter rounds"
 
 # Fields of LoraConfig that say how large an adapter is and where it goes, or nothing about its arithmetic.
@@ -417,18 +417,19 @@ class LoraRounds(TrainableState):
                     tensors[f"{part}.{factor}.{name}"] = tensor.detach().cpu().contiguous().clone()
         about = {
             "format": _STATE_FORMAT,
-            "version": "1",
+            "version": 1,
             "base": self._base,
-            "num_history": str(len(self._bases)),
-            "below": json.dumps(self._below),
-            "reference": json.dumps(self._reference),
-            "vector": json.dumps(self._vector()),
+            "num_history": len(self._bases),
+            "below": self._below,
+            "reference": self._reference,
+            "vector": self._vector(),
         }
-        save_file(tensors, folder / STATE_FILE, metadata=about)
+        # In one entry: several would come in an order of their own each time, and equal states in other bytes.
+        save_file(tensors, folder / ADAPTER_STATE_FILE, metadata={ADAPTER_STATE_ENTRY: json.dumps(about)})
 
     def load(self, folder: Path) -> None:
         about = self.check(folder)
-        with safe_open(folder / STATE_FILE, framework="pt") as file:
+        with safe_open(folder / ADAPTER_STATE_FILE, framework="pt") as file:
 
             def part(name: str) -> dict[str, Factors]:
                 return {
@@ -436,13 +437,13 @@ class LoraRounds(TrainableState):
                     for layer in self._layers
                 }
 
-            history = [part(f"history.{index}") for index in range(int(about["num_history"]))]
+            history = [part(f"history.{index}") for index in range(about["num_history"])]
             self._initial, current = part("initial"), part("adapter")
         self._bases, self._digests = [], []
         for change in history:
             self._append(change, [])
-        self._below = json.loads(about["below"])
-        self._reference = json.loads(about["reference"])
+        self._below = about["below"]
+        self._reference = about["reference"]
         self._gram = torch.zeros(0, 0, dtype=torch.float64)
         if not self._trains_passed():
             self._drop_reference_adapter()
@@ -455,22 +456,22 @@ class LoraRounds(TrainableState):
         self.output = None
         self._install()
 
-    def check(self, folder: Path) -> dict[str, str]:
+    def check(self, folder: Path) -> dict[str, Any]:
         """
         Check that a saved state is one of this model. Returns what its file says of it.
 
         Raises:
             ConfigurationError: another base, or an adapter of another structure.
         """
-        path = folder / STATE_FILE
+        path = folder / ADAPTER_STATE_FILE
         if not path.is_file():
             raise ConfigurationError(
-                f"{folder.name} holds no adapter of a run in rounds ({STATE_FILE} is missing): use another one."
+                f"{folder.name} holds no adapter of a run in rounds ({ADAPTER_STATE_FILE} is missing): use another."
             )
+        about = read_adapter_state(path)
         with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
             names = set(file.keys())
-            if about.get("format") != _STATE_FORMAT or about.get("version") != "1":
+            if about.get("format") != _STATE_FORMAT or about.get("version") != 1:
                 raise ConfigurationError(
                     f"{path.name} in {folder.name} is of another version: use another checkpoint."
                 )
@@ -502,8 +503,8 @@ class LoraRounds(TrainableState):
 
     @staticmethod
     def _read_vector(folder: Path) -> list[float]:
-        with safe_open(folder / STATE_FILE, framework="pt") as file:
-            return json.loads(file.metadata()["vector"])
+        vector: list[float] = read_adapter_state(folder / ADAPTER_STATE_FILE)["vector"]
+        return vector
 
     def copy_to(self, reference: torch.nn.Module) -> None:
         raise TypeError("An adapter's reference is the model with the adapter disabled: there is none to copy to.")

@@ -977,9 +977,12 @@ class RoundsTrainer(WholeCheckpoints):
     def _check_same_rows(self, rows: Any, folder: RoundFolder) -> None:
         """Record what a round is trained on; refuse to go on with other rows."""
         digest = rows_fingerprint(rows)
-        if folder.whole_manifest().get("rows") == digest:
+        manifest = folder.whole_manifest()
+        # Another run's folder that is taken over has lost its number of rows, which a builder of this one may change.
+        same = manifest.get("rows") == digest
+        if same and "num_rows" in manifest:
             return
-        if self._resumed_from is not None and folder.round_index == self._plan_round():
+        if not same and self._resumed_from is not None and folder.round_index == self._plan_round():
             raise ConfigurationError(
                 "`train_dataset` does not give the rows that this round has been trained on so far: pass the data "
                 "of the run that you resume, or use another `output_dir`."

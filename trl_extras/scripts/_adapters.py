@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,11 +30,10 @@ from trl_extras.scripts._folders import (
     read_header,
     read_json,
 )
+from trl_extras.tensor_files import ADAPTER_STATE_FILE, read_adapter_state
 
 
 _PICKLE = "adapter_model.bin"
-# What a run in rounds keeps beside an adapter; the hash in it tells the base by its weights, not by its name.
-_ROUNDS_STATE = "adapter_rounds.safetensors"
 
 # Fields of an adapter's configuration that say which peft class it is, how large it is and where it goes, or nothing
 # about its arithmetic. All others have to be off, those of later versions of peft included.
@@ -162,10 +160,10 @@ def _read(source: Source) -> _Adapter:
     read_header(source.folder / ADAPTER_WEIGHTS)  # for its check of a damaged file
     tensors = load_file(source.folder / ADAPTER_WEIGHTS)
     base = None
-    if (source.folder / _ROUNDS_STATE).is_file():
-        read_header(source.folder / _ROUNDS_STATE)
-        with safe_open(source.folder / _ROUNDS_STATE, framework="pt") as file:
-            base = (file.metadata() or {}).get("base")
+    if (source.folder / ADAPTER_STATE_FILE).is_file():
+        read_header(source.folder / ADAPTER_STATE_FILE)
+        # A hash: it tells the base by its weights, not by its name.
+        base = read_adapter_state(source.folder / ADAPTER_STATE_FILE).get("base")
     return _Adapter(config, _layers(tensors, config, source), base)
 
 
@@ -279,7 +277,7 @@ def _check_same_base(new: _Adapter, old: _Adapter, source_new: Source, source_ol
         if new.base != old.base:
             raise CheckpointError(
                 f"NEW ({source_new.name}) and OLD ({source_old.name}) were trained on different bases, by the hash in "
-                f"their {_ROUNDS_STATE} (names, shapes, dtypes or values of the base's weights differ): pass two "
+                f"their {ADAPTER_STATE_FILE} (names, shapes, dtypes or values of the base's weights differ): pass two "
                 "adapters of one base."
             )
         return
