@@ -182,7 +182,7 @@ def three_rounds(name: str, folder: Path, dtype: torch.dtype = torch.float64) ->
     model = adapted(case, dtype)
     start = reference.ungrouped(copy.deepcopy(model).unload()).double()
     rounds = LoraRounds(model, passed=False, seed=0, num_rounds=3)
-    rounds.begin()
+    rounds.begin(fresh=True)
     rounds.save(folder / "0", True)
     changes = []
     for t in range(3):

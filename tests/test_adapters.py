@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
@@ -226,3 +227,195 @@ def test_equal_states_are_equal_files(make_apo: Callable[..., Any], tmp_path: Pa
         one, two = [(tmp_path / folder / "_rounds/iterates/2" / file).read_bytes() for folder in ("one", "two")]
         assert one == two, file
     assert not (tmp_path / "one/_rounds/iterates/2/README.md").exists(), "peft's card tells where the base lies"
+
+
+# ---- Models and trainers that are used again ----
+
+
+def spr(model: Any, folder: Path, **kwargs: Any) -> Any:
+    from trl_extras import SPRConfig, SPRTrainer
+
+    peft_config = kwargs.pop("peft_config", None)
+    rows = tiny.make_sft_rows(12).add_column("reward", [float(i % 3) for i in range(12)])
+    return SPRTrainer(
+        model=model,
+        args=SPRConfig(**tiny.arguments(folder, **{"num_generations": 0, "num_rounds": 3, **kwargs})),
+        train_dataset=rows,
+        processing_class=tiny.make_tokenizer(),
+        peft_config=peft_config,
+    )
+
+
+def test_a_model_with_a_history_is_refused(make_apo: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+    """Else its history would lie below the new run's, in the forward pass and in nothing that is saved."""
+    model = load(base)
+    first = make_apo(model=model, peft_config=lora(), learning_rate=5e-3, num_rounds=2)
+    first.train()
+    for make in (
+        lambda: make_apo("again", model=model, peft_config=lora()),
+        lambda: make_apo("again", model=first.model),
+        lambda: make_apo("again", model=first.model, num_rounds=1),
+        lambda: make_apo("again", model=copy.deepcopy(first.model)),
+        lambda: spr(first.model, tmp_path / "again"),
+    ):
+        with pytest.raises(ValueError, match="an earlier run in rounds has trained below its adapter"):
+            make()
+    plain = first.model.unload()
+    again = make_apo("again", model=plain, peft_config=lora(), learning_rate=5e-3, num_rounds=2)
+    again.train()
+    assert again._weights.fingerprint() == first._weights.fingerprint()
+
+
+@pytest.mark.parametrize("way", ["peft_config", "passed"])
+def test_one_round_trained_again_on_the_same_trainer(
+    make_apo: Callable[..., Any], base: Path, tmp_path: Path, way: str
+) -> None:
+    given: dict[str, Any] = {"peft_config": lora()} if way == "peft_config" else {"model": passed(base)}
+    trainer = make_apo(
+        num_rounds=1, output_policy="extrapolated", adapter_output="merged", learning_rate=5e-3, save_strategy="epoch",
+        **given,
+    )  # fmt: skip
+    trainer.train()
+    out = logits(trainer.model)
+    trainer.train(resume_from_checkpoint="last")
+    assert torch.equal(logits(trainer.model), out)
+    trainer.train()
+    assert not list((tmp_path / "out").glob("checkpoint-*/model.safetensors"))
+
+
+# ---- What a resume is told ----
+
+
+def stopped(make_apo: Callable[..., Any], step: int = 6, **given: Any) -> None:
+    trainer = make_apo(save_strategy="steps", save_steps=1, learning_rate=5e-3, callbacks=[KillAt(step)], **given)
+    with pytest.raises(Killed):
+        trainer.train()
+
+
+@pytest.mark.parametrize("change", [{"lora_alpha": 12}, {"use_rslora": True}, {"alpha_pattern": {"v_proj": 1}}])
+def test_another_scaling_is_refused_on_resume(make_apo: Callable[..., Any], change: dict[str, Any]) -> None:
+    stopped(make_apo, peft_config=lora())
+    (name,) = change
+    with pytest.raises(ValueError, match=f"`{name}` is .*, but .* was made with"):
+        make_apo(peft_config=lora(**change), learning_rate=5e-3).train(resume_from_checkpoint="last")
+
+
+def test_a_state_of_another_scaling_is_refused(make_apo: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+    """Whatever its configuration says: the scaling is no part of the factors."""
+    make_apo(peft_config=lora(), num_rounds=2, keep_iterates=True).train()
+    other = make_apo("other", peft_config=lora(lora_alpha=12), num_rounds=2)
+    with pytest.raises(ValueError, match=r"has a scaling of 3\.0 there and 6\.0 in memory"):
+        other._weights.load(tmp_path / "out/_rounds/iterates/2")
+
+
+def test_another_adapter_in_the_same_folder_is_refused(make_apo: Callable[..., Any]) -> None:
+    make_apo(peft_config=lora(), num_rounds=2).train()
+    with pytest.raises(ValueError, match="`r` is 4, but the run whose rounds `output_dir` holds"):
+        make_apo(peft_config=lora(r=4), num_rounds=2)
+    with pytest.raises(ValueError, match="`peft_type` is None, but the run whose"):
+        make_apo(num_rounds=2)
+
+
+def test_another_start_on_resume_leaves_the_reference_alone(make_apo: Callable[..., Any], base: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 5e-3}
+    whole = make_apo("whole", model=passed(base), **settings)
+    whole.train()
+    stopped(make_apo, step=3, model=passed(base))
+    other = passed(base)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(-3)
+    resumed = make_apo(model=other, **settings)
+    resumed.train(resume_from_checkpoint="last")
+    assert whole._weights.fingerprint() == resumed._weights.fingerprint()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_dropout_is_drawn_alike_on_resume(make_apo: Callable[..., Any], base: Path, trained: bool) -> None:
+    """TRL's copy of a passed adapter draws dropout of its own: a resume has to keep it as long as the run did."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 5e-3, "disable_dropout": False}
+    whole = make_apo("whole", model=passed(base, trained), **settings)
+    whole.train()
+    killed = make_apo(model=passed(base, trained), callbacks=[KillAt(3)], **settings)
+    with pytest.raises(Killed):
+        killed.train()
+    resumed = make_apo(model=passed(base, trained), **settings)
+    resumed.train(resume_from_checkpoint="last")
+    assert whole._weights.fingerprint() == resumed._weights.fingerprint()
+
+
+def test_spr_is_told_of_another_base(base: Path, tmp_path: Path) -> None:
+    settings = {"peft_config": lora(), "save_strategy": "steps", "save_steps": 1}
+    trainer = spr(str(base), tmp_path / "out", **settings)
+    trainer.add_callback(KillAt(3))
+    with pytest.raises(Killed):
+        trainer.train()
+    with pytest.raises(ValueError, match="below the adapter is not the one that checkpoint-2 was trained on"):
+        spr(tiny.make_model(seed=5), tmp_path / "out", **settings).train(resume_from_checkpoint="last")
+
+
+# ---- What can be passed ----
+
+
+def test_spr_takes_other_adapters_in_one_round(base: Path, tmp_path: Path) -> None:
+    other = IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
+    spr(str(base), tmp_path / "one", peft_config=other, num_rounds=1).train()
+    with pytest.raises(ValueError, match=r"type IA3 does not work .* have been made to work with LoRA alone"):
+        spr(str(base), tmp_path / "three", peft_config=other)
+
+
+def test_models_that_rounds_cannot_train(make_apo: Callable[..., Any], base: Path) -> None:
+    named = get_peft_model(load(base), lora(), adapter_name="mine")
+    with pytest.raises(ValueError, match="Call it that"):
+        make_apo(model=named)
+    integrated = load(base)
+    integrated.add_adapter(lora())
+    with pytest.raises(ValueError, match="has adapters but is no PeftModel does not work"):
+        make_apo(model=integrated)
+    frozen = passed(base)
+    frozen.requires_grad_(False)
+    with pytest.raises(ValueError, match="Load it with `is_trainable=True`"):
+        make_apo(model=frozen)
+    with pytest.raises(ValueError, match=r"`adapter_rank_tolerance` is 0.5, but nothing is truncated"):
+        make_apo(peft_config=lora(), adapter_rank_tolerance=0.5)
+
+
+def test_embeddings_that_were_resized_are_saved(make_apo: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+    """As peft does beside an adapter: new rows are drawn at random and are nowhere else."""
+    model = load(base)
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    trainer = make_apo(model=model, peft_config=lora(), num_rounds=2, learning_rate=5e-3)
+    trainer.train()
+    trainer.save_model()
+    fresh = load(base)
+    fresh.resize_token_embeddings(model.config.vocab_size)
+    assert relative(logits(PeftModel.from_pretrained(fresh, tmp_path / "out")), logits(trainer.model)) < 1e-5
+
+
+def test_an_adapter_beside_a_whole_model_is_told(
+    make_apo: Callable[..., Any], base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(base).save_pretrained(tmp_path / "out")
+    trainer = make_apo(peft_config=lora(), num_rounds=2)
+    trainer.train()
+    with caplog.at_level("WARNING"):
+        trainer.save_model()
+    assert "holds a whole model, beside which an adapter is saved now" in caplog.text
+
+
+def test_processes_that_drew_other_values_begin_alike(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh adapter of a user's is drawn in each process; DDP makes them equal only after the rounds have looked."""
+    from trl_extras.rounds.adapters import LoraRounds
+
+    first = LoraRounds(passed(base, trained=False), True, 0, 3)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+
+    def broadcast(values: list[Any]) -> None:
+        values[0] = copy.deepcopy(first._current())
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    set_seed(99)
+    second = LoraRounds(get_peft_model(load(base), lora()), True, 0, 3)
+    assert second.fingerprint() == first.fingerprint()

@@ -315,7 +315,7 @@ def test_offline_responses_in_a_folder_are_not_named(tmp_path: Path, base: Path)
     ("settings", "library", "saved"),
     [
         ({}, "peft", "one adapter of rank 4 for the original model"),
-        ({"adapter_rank": 3, "adapter_rank_tolerance": 0.9}, "peft", "one adapter truncated to rank 3 for the"),
+        ({"adapter_rank": 3, "adapter_rank_tolerance": 0.9}, "peft", "of the change) for the original model"),
         ({"adapter_output": "merged"}, "transformers", "That sum, of rank 4, is merged into the weights"),
     ],
 )

@@ -291,13 +291,18 @@ def _adapter(trainer: Any) -> str:
     whole, output = getattr(getattr(trainer, "_weights", None), "rank", None), _output(trainer)
     if whole is None or (whole == rank and output is None):
         return f" An adapter of it was trained ({name}), which peft loads."
-    of_rank = f" of rank {whole}" if output is None or output.rank is None else f" truncated to rank {output.rank}"
+    of_rank = f" of rank {whole}"
+    if output is not None and output.rank is not None:
+        error = trainer.round_summaries[-1].get("adapter_rank_error", 0.0)
+        of_rank = f" truncated to rank {output.rank} (which leaves out {error:.1%} of the change)"
     saved = (
         f"That sum,{of_rank}, is merged into the weights of this model, in float32."
         if output is not None and output.merged
         else f"What is saved is that sum, one adapter{of_rank} for the original model, which peft loads."
     )
-    return f" Each round trained a fresh adapter of it ({name}) on top of the sum of those before. {saved}"
+    first = " The first round trained on an adapter that it came with." if trainer._weights.trained_on else ""
+    each = "Each later round" if first else "Each round"
+    return f"{first} {each} trained a fresh adapter of it ({name}) on top of the sum of those before. {saved}"
 
 
 def _weighted(trainer: Any) -> str:

@@ -131,6 +131,11 @@ class APOConfig(SamplingConfig, RoundsConfig, DPOConfig):
                 )
 
         set_number(self, "adapter_rank_tolerance", lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
+        if self.adapter_rank is None and self.adapter_rank_tolerance != 0.05:
+            raise ConfigurationError(
+                f"`adapter_rank_tolerance` is {self.adapter_rank_tolerance:g}, but nothing is truncated: set "
+                "`adapter_rank`, or leave it out."
+            )
         if self.adapter_rank is not None and (
             not isinstance(self.adapter_rank, int) or isinstance(self.adapter_rank, bool) or self.adapter_rank < 1
         ):

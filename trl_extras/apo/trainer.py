@@ -221,6 +221,9 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
         if not self._adapter_outputs(self.args):
             return
         rank = self.args.adapter_rank
+        if rank is not None and rank >= self._adapters.largest_rank:
+            self._say(f"The output has rank {self._adapters.largest_rank}: nothing is truncated.")
+            rank = None
         if rank is not None:
             *_, error = self._adapters.truncated(rank)
             self.round_summaries[-1]["adapter_rank_error"] = error
@@ -232,7 +235,7 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
                     f"`adapter_rank` is {rank}, to which the change of rank {self._adapters.rank} is truncated with a "
                     f"relative error of {error:.3g}, but `adapter_rank_tolerance` is "
                     f"{self.args.adapter_rank_tolerance:g}: the adapter of rank {self._adapters.rank} has been saved "
-                    "in `output_dir` instead. Go on from the last checkpoint with a larger rank or tolerance."
+                    "in `output_dir` instead. Use a larger rank or tolerance; a run with checkpoints can be resumed."
                 )
             self._say(f"The output is truncated to rank {rank}, with a relative error of {error:.3g}.")
         self._adapters.set_output(self._output_of_adapters(rank, self.args.adapter_output == "merged"))

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import xxhash
-from peft import LoraConfig, PeftType
+from peft import LoraConfig, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -41,6 +41,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 from transformers import set_seed
+from transformers.utils import logging
 
 from .. import low_rank, state_dicts
 from .._compat import REFERENCE_ADAPTER
@@ -52,6 +53,8 @@ from .state import TrainableState, base_fingerprint, one_thread
 
 _STATE_FORMAT = "trl-extras adapter rounds"
 
+logger = logging.get_logger(__name__)
+
 # Fields of LoraConfig that say how large an adapter is and where it goes, or nothing about its arithmetic.
 _UNDERSTOOD = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode",
@@ -62,7 +65,7 @@ _UNDERSTOOD = {
 _REASONS = {
     "use_dora": "DoRA reads the base's weights past the history of earlier rounds. Use plain LoRA or rsLoRA.",
     "modules_to_save": "whole modules would be trained, which the sum of the rounds' adapters cannot hold. Leave it "
-    "out, or name those modules in `target_modules`.",
+    "out.",
     "trainable_token_indices": "rows of the embedding would be trained, which the sum of the rounds' adapters cannot "
     "hold. Leave it out; where TRL adds it for new tokens, add those to the base model first.",
     "bias": "the base's biases would be trained, but the base is never written. Use 'none'.",
@@ -71,6 +74,8 @@ _REASONS = {
     "ensure_weight_tying": "tied adapters have no history of their own. Leave it out.",
     "layer_replication": "a saved adapter would fit the replicated layers alone. Leave it out.",
 }
+# Set on the layers that a history is added to.
+_MARK = "trl_extras_history"
 # What an adapter of a later round starts from, and what starts a run at the base itself.
 _ZERO_STARTS = (True, "gaussian", "eva")
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "mica", "lora_ga")
@@ -89,7 +94,11 @@ def why_not(config: Any, passed: bool, fresh: bool) -> tuple[str, str] | None:
     """
     if getattr(config, "peft_type", None) != PeftType.LORA or not isinstance(config, LoraConfig):
         kind = getattr(getattr(config, "peft_type", None), "value", type(config).__name__)
-        return f"A PEFT adapter of type {kind}", "rounds add up changes of low rank. Use LoRA, or one round."
+        return f"A PEFT adapter of type {kind}", (
+            "rounds add up changes of low rank. Use LoRA, or one round on given rows."
+            if fresh
+            else "its rounds have been made to work with LoRA alone. Use LoRA, or one round."
+        )
     if not fresh:
         return None
     start = config.init_lora_weights
@@ -113,6 +122,12 @@ def why_not(config: Any, passed: bool, fresh: bool) -> tuple[str, str] | None:
     return None
 
 
+def has_history(model: Any) -> bool:
+    """Whether an earlier run in rounds has left its history in a model, below an adapter or where one has been."""
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    return any(hasattr(module, _MARK) for module in modules)
+
+
 def why_not_model(model: Any) -> tuple[str, str] | None:
     """Why rounds cannot train a PeftModel of a user's, whatever its configuration; or None. Returns as `why_not`."""
     own = [name for name in model.peft_config if name != REFERENCE_ADAPTER]
@@ -122,6 +137,16 @@ def why_not_model(model: Any) -> tuple[str, str] | None:
             f"A PeftModel with the adapters {', '.join(own) or 'none'}, of which {', '.join(active) or 'none'} is "
             "active,",
             "rounds train the only one there is. Delete the others.",
+        )
+    if own != ["default"]:
+        return (
+            f"A PeftModel whose adapter is called {own[0]!r}",
+            "DPOTrainer looks for one called 'default', and peft saves others in folders of their own. Call it that.",
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return (
+            "A PeftModel whose adapter is frozen",
+            "there is nothing to train. Load it with `is_trainable=True`.",
         )
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and module.merged:
@@ -170,8 +195,14 @@ class LoraRounds(TrainableState):
         self._gram = torch.zeros(0, 0, dtype=torch.float64)
         self._begun = False
         self.output: Output | None = None
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            # What is copied here has to be alike on all processes. DDP sees to that later, when it wraps the model.
+            values = [_copies(self._current())]
+            torch.distributed.broadcast_object_list(values)
+            self._set_current(values[0])
         current = self._current()
-        if all(_is_zero(change) for change in current.values()):
+        self._has_start = not all(_is_zero(change) for change in current.values())
+        if not self._has_start:
             self._initial = _copies(current)
         else:
             if not passed:
@@ -229,7 +260,7 @@ class LoraRounds(TrainableState):
 
     def _trains_passed(self) -> bool:
         """Whether this is the round in which an adapter that the user passed is trained on."""
-        return len(self._bases) == 1 and self._below == [0.0]
+        return self._has_start and len(self._bases) == 1
 
     def _drop_reference_adapter(self) -> None:
         if REFERENCE_ADAPTER in self.model.peft_config:
@@ -261,6 +292,7 @@ class LoraRounds(TrainableState):
             self._installed = True
             for name, layer in self._layers.items():
                 self._handles.append(layer.base_layer.register_forward_hook(self._hooks[name]))
+                setattr(layer.base_layer, _MARK, True)
                 layer.get_delta_weight = types.MethodType(_delta_with_history, self._hooks[name])
             # Bound to this object, so that a copy of the model has a copy of it.
             self.model.save_pretrained = types.MethodType(_save_pretrained, self)
@@ -278,6 +310,8 @@ class LoraRounds(TrainableState):
         plain = getattr(type(tuner), way)(tuner, *args, **kwargs)
         for handle in self._handles:
             handle.remove()
+        for layer in self._layers.values():
+            delattr(layer.base_layer, _MARK)
         return plain
 
     def _place(self, layer: LoraLayer) -> tuple[torch.device, torch.dtype]:
@@ -301,16 +335,23 @@ class LoraRounds(TrainableState):
 
     @property
     def nbytes(self) -> int:
-        own = sum(t.numel() * t.element_size() for change in self._current().values() for t in change)
+        tensors = [tensor for change in self._current().values() for tensor in change]
+        own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        whole = sum(tensor.numel() * max(tensor.element_size(), 4) for tensor in tensors)
         # The concatenation, and the rounds' own adapters with the initial values beside it; at the end of the run.
-        return own * (2 * self._num_rounds + 3)
+        return whole * (self._num_rounds + 1) + own * (self._num_rounds + 2)
 
-    def begin(self) -> None:
-        """A run begins: where one has been before, the policy that it ended with is this one's start."""
+    def begin(self, fresh: bool) -> None:
+        """Where a run has been before, the policy that it ended with is this one's start."""
         self.output = None
-        if self._begun:
-            self.rebase()
-        self._begun = True
+        if fresh:
+            if self._begun:
+                self.rebase()
+            self._begun = True
+
+    def holds_state(self, folder: Path) -> bool:
+        # With one round the parent takes a stock trainer's checkpoint too; a run in rounds is told that it is none.
+        return self._num_rounds > 1 or (folder / ADAPTER_STATE_FILE).is_file()
 
     def rebase(self, hold_reference: bool = False) -> bool:
         """
@@ -324,7 +365,9 @@ class LoraRounds(TrainableState):
         before = [1.0] if self._trains_passed() else list(self._below)
         vector = low_rank.pad(self._vector(), len(self._bases) + 1)
         self._append(_copies(self._current()), vector)
-        self._reference = before if hold_reference else None
+        # One that is held already is what the last round was trained against.
+        held = self._reference if self._reference is not None else before
+        self._reference = held if hold_reference else None
         self._drop_reference_adapter()
         self._set_current(self._initial)
         self._install()
@@ -382,8 +425,16 @@ class LoraRounds(TrainableState):
         self._gram = whole[:-1, :-1].clone()
         return whole
 
+    @property
+    def base(self) -> str:
+        return self._base
+
+    def _scalings(self) -> dict[str, float]:
+        return {name: float(layer.scaling[self._adapter]) for name, layer in self._layers.items()}
+
     def fingerprint(self) -> str:
-        digest = xxhash.xxh3_128(f"{self._base} {json.dumps(self._below)} {self._digests}".encode())
+        parts = [self._base, self._below, self._digests, self._scalings()]
+        digest = xxhash.xxh3_128(json.dumps(parts).encode())
         for change in self._current().values():
             for tensor in change:
                 digest.update(_bytes(tensor))
@@ -419,6 +470,8 @@ class LoraRounds(TrainableState):
             "format": _STATE_FORMAT,
             "version": 1,
             "base": self._base,
+            "scalings": self._scalings(),
+            "has_start": self._has_start,
             "num_history": len(self._bases),
             "below": self._below,
             "reference": self._reference,
@@ -445,9 +498,16 @@ class LoraRounds(TrainableState):
         self._below = about["below"]
         self._reference = about["reference"]
         self._gram = torch.zeros(0, 0, dtype=torch.float64)
-        if not self._trains_passed():
+        self._has_start = about["has_start"]
+        start = self._bases[0] if self._has_start else self._initial
+        if len(self._bases) > int(self._has_start):
             self._drop_reference_adapter()
-        elif REFERENCE_ADAPTER not in self.model.peft_config:
+        elif REFERENCE_ADAPTER in self.model.peft_config:
+            # Of the model that has been passed now, which need not have the adapter that the run began with.
+            for name, layer in self._layers.items():
+                for live, value in zip(_factors_of(layer, REFERENCE_ADAPTER), start[name], strict=True):
+                    live.copy_(value)
+        elif self._has_start:
             # An earlier run of this trainer has dropped TRL's copy of the start.
             self._reference = [1.0]
         self._set_current(current)
@@ -482,10 +542,10 @@ class LoraRounds(TrainableState):
             }
             saved = {name for name in names if name.startswith("adapter.")}
             for name in sorted(own.keys() ^ saved):
-                where = "in memory" if name in own else "saved"
+                where = "in memory" if name in own else "there"
                 raise ConfigurationError(
-                    f"The adapter in {folder.name} is of another structure: {name.split('.', 2)[2]} has one {where} "
-                    "only. Use the `target_modules` that it was made with."
+                    f"The adapter in {folder.name} is of another structure: {name.split('.', 2)[2]} is adapted "
+                    f"{where} only. Use the `target_modules` that it was made with."
                 )
             for name, shape in own.items():
                 there = tuple(file.get_slice(name).get_shape())
@@ -494,6 +554,13 @@ class LoraRounds(TrainableState):
                         f"The adapter in {folder.name} is of another structure: {name.split('.', 2)[2]} has factors "
                         f"of shape {there} there and {shape} in memory. Use the rank that it was made with."
                     )
+        for name, scaling in self._scalings().items():
+            if about["scalings"].get(name) != scaling:
+                raise ConfigurationError(
+                    f"The adapter in {folder.name} is of another structure: {name} has a scaling of "
+                    f"{about['scalings'].get(name)} there and {scaling} in memory. Use the `lora_alpha` and "
+                    "`use_rslora` that it was made with."
+                )
         if about["base"] != self._base:
             raise ConfigurationError(
                 f"The model below the adapter is not the one that the adapter in {folder.name} was trained on (names, "
@@ -517,6 +584,17 @@ class LoraRounds(TrainableState):
         return True
 
     # ---- What is saved ----
+
+    @property
+    def trained_on(self) -> bool:
+        """Whether the first round trained an adapter on that a user had passed."""
+        return self._has_start
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank that a layer of the saved adapter has."""
+        used = max(sum(c != 0 for c in self._vector()), 1)
+        return used * max(layer.r[self._adapter] for layer in self._layers.values())
 
     @property
     def rank(self) -> int:
@@ -614,11 +692,21 @@ class LoraRounds(TrainableState):
         live = self.model.peft_config[self._adapter]
         self.model.peft_config[self._adapter] = config
         try:
-            # Never with the base's embeddings: no base weight has changed.
-            kwargs |= {"state_dict": state, "selected_adapters": [self._adapter], "save_embedding_layers": False}
+            embeddings = self._resized_embeddings()
+            kwargs |= {"selected_adapters": [self._adapter], "save_embedding_layers": bool(embeddings)}
+            kwargs["state_dict"] = state | embeddings
             type(self.model).save_pretrained(self.model, str(folder), **kwargs)
         finally:
             self.model.peft_config[self._adapter] = live
+
+    def _resized_embeddings(self) -> dict[str, Tensor]:
+        """The base's embeddings where peft saves them beside an adapter: somebody has resized them after loading."""
+        names = self._layers.values()
+        if any(self._adapter in layer.lora_embedding_A for layer in names):
+            # peft would save them because they are adapted; no base weight has changed.
+            return {}
+        stock = get_peft_model_state_dict(self.model, adapter_name=self._adapter)
+        return {name: tensor.detach().cpu() for name, tensor in stock.items() if "lora_" not in name}
 
     def _write_merged(self, folder: Path) -> None:
         """The whole model with history and adapter in its weights, in float32, as transformers saves one."""
@@ -751,7 +839,7 @@ def _delta(layer: Any, adapter: str, factors: Factors) -> Tensor:
         layer.scaling[adapter] = scaling
 
 
-def _save_pretrained(self: LoraRounds, save_directory: Any, **kwargs: Any) -> None:
+def _save_pretrained(self: LoraRounds, save_directory: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
     """
     `save_pretrained` of a model with a history: its adapter alone would be another policy. Takes what peft's takes;
     which adapter, and that no base weight comes with it, is settled.
@@ -763,8 +851,13 @@ def _save_pretrained(self: LoraRounds, save_directory: Any, **kwargs: Any) -> No
         if kwargs.get("is_main_process", True):
             folder.mkdir(parents=True, exist_ok=True)
             self._write_merged(folder)
-    else:
-        self._write_adapter(folder, as_output=True, **kwargs)
+        return
+    if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
+        logger.warning(
+            f"{folder.name} holds a whole model, beside which an adapter is saved now: transformers would load one on "
+            "top of the other. Remove that model, or save to another folder."
+        )
+    self._write_adapter(folder, as_output=True, safe_serialization=safe_serialization, **kwargs)
 
 
 # ---- peft's layouts ----

@@ -42,6 +42,7 @@ _PIECE = 1 << 17
 
 # Values of a frozen weight that tell it from another model's.
 _SAMPLED = 1024
+_PRIME = 1_000_003
 _ADAPTER_PARTS = ("lora_", "modules_to_save", "trainable_tokens")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -92,8 +93,22 @@ class TrainableState(ABC):
         """Whether the model holds the policy at the start of the round as well, so that none is kept beside it."""
         return False
 
-    def begin(self) -> None:  # noqa: B027  (most need nothing)
-        """A run begins, with the live weights as its start."""
+    @property
+    def base(self) -> str | None:
+        """A hash of what lies below the weights and does not change, if anything does."""
+        return None
+
+    def begin(self, fresh: bool) -> None:  # noqa: B027  (most need nothing)
+        """
+        `train()` has been called.
+
+        Args:
+            fresh: a run in rounds begins, with the live weights as its start.
+        """
+
+    def holds_state(self, folder: Path) -> bool:
+        """Whether a checkpoint is to be loaded by `load`, and not by upstream."""
+        return False
 
     def rebase(self, hold_reference: bool = False) -> bool:
         """
@@ -156,8 +171,9 @@ def base_fingerprint(model: torch.nn.Module) -> str:
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)}".encode())
         flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(len(flat) // _SAMPLED, 1)].cpu().contiguous()
-        digest.update(sample.view(torch.uint8).numpy().data)
+        # Strides that are multiples of a row would look at one column alone.
+        places = torch.arange(min(_SAMPLED, len(flat)), device=flat.device) * _PRIME % max(len(flat), 1)
+        digest.update(flat[places].cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -318,11 +334,15 @@ class AdapterWeights(FullWeights):
         config.inference_mode = True
         config.save_pretrained(str(folder))
 
-    def fingerprint(self) -> str:
-        """Of the adapter and of what lies below it: a fresh adapter has the same bits on every model of one shape."""
+    @property
+    def base(self) -> str:
         if self._below is None:
             self._below = base_fingerprint(self.model)
-        return xxhash.xxh3_128_hexdigest(f"{super().fingerprint()} {self._below}".encode())
+        return self._below
+
+    def fingerprint(self) -> str:
+        """Of the adapter and of what lies below it: a fresh adapter has the same bits on every model of one shape."""
+        return xxhash.xxh3_128_hexdigest(f"{super().fingerprint()} {self.base}".encode())
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:

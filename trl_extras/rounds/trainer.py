@@ -125,7 +125,7 @@ class RoundsTrainer(WholeCheckpoints):
         self._run_started_step = 0
         # Before the parent moves defaults into the arguments, and before any weights load.
         self.args = config
-        self._configuration = self._comparable_configuration(config)
+        self._configuration = self._comparable_configuration(config) | self._comparable_adapter(given)
         self._check_arguments(given, config)
         unsupported = self._unsupported(given, config)
         if self._multi_round and unsupported:
@@ -144,7 +144,14 @@ class RoundsTrainer(WholeCheckpoints):
         if self._multi_round and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ConfigurationError(f"Sharded weights do not work with {self._what_rounds()} so far: use DDP.")
         if self._keeps_rounds:
-            self._weights = self._make_weights(given)
+            try:
+                self._weights = self._make_weights(given)
+            except ConfigurationError:
+                if self._multi_round or self._needs_rounds(config):
+                    raise
+                # One round is the parent's run, which takes it.
+                self._keeps_rounds = False
+        if self._keeps_rounds:
             # In front, so that every other callback sees the weights and data of the round that begins.
             self.callback_handler.callbacks.insert(0, _RoundBoundaries(self))
         self._prepared_train_dataset: Any = self.train_dataset
@@ -227,11 +234,26 @@ class RoundsTrainer(WholeCheckpoints):
         model, peft_config = given.get("model"), given.get("peft_config")
         passed = peft_config is None and isinstance(getattr(model, "peft_config", None), dict)
         adapted = passed or peft_config is not None
-        if adapted and not self._trains_adapters:
+        if adapted:
+            from .adapters import has_history, why_not
+
+            if has_history(model):
+                # Also with one round: what is trained would rest on it, and be saved without it.
+                raise ConfigurationError(
+                    "`model` holds what an earlier run in rounds has trained below its adapter: load the model anew, "
+                    "with the adapter that was saved (`PeftModel.from_pretrained(..., is_trainable=True)`) to train "
+                    "that on, or pass `model.unload()` to begin at the base."
+                )
+        if passed and not is_peft_model(model):
+            yield (
+                "A model that has adapters but is no PeftModel",
+                "pass it without them, with `peft_config`, or as a PeftModel (`peft.get_peft_model`).",
+            )
+        elif adapted and not self._trains_adapters:
             yield "A PEFT adapter", "rounds train full weights so far. Leave the adapter away."
         elif adapted:
-            from .adapters import why_not
-
+            if not self._fresh_adapters and config.num_rounds == 1:
+                return
             for adapter in model.peft_config.values() if model is not None and passed else [peft_config]:
                 reason = why_not(adapter, passed, self._fresh_adapters)
                 if reason is not None:
@@ -307,6 +329,20 @@ class RoundsTrainer(WholeCheckpoints):
                 text = json.dumps(value, default=str, sort_keys=True)
                 fields[name] = f"xxh3:{xxhash.xxh3_128_hexdigest(text.encode())}"
         return json.loads(json.dumps(fields, default=str, sort_keys=True))
+
+    @staticmethod
+    def _comparable_adapter(given: dict[str, Any]) -> dict[str, Any]:
+        """What an adapter's configuration adds to the fields that a run cannot change when it goes on."""
+        adapter = given.get("peft_config")
+        model = given.get("model")
+        if adapter is None and isinstance(model, torch.nn.Module) and is_peft_model(model):
+            adapter = model.peft_config.get("default")
+        kind = getattr(adapter, "peft_type", None)
+        found: dict[str, Any] = {"peft_type": None if kind is None else str(getattr(kind, "value", kind))}
+        for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"):
+            if hasattr(adapter, name):
+                found[name] = getattr(adapter, name)
+        return json.loads(json.dumps(found, default=str, sort_keys=True))
 
     def _compare_configuration(self, other: dict[str, Any], where: str) -> None:
         """Raise a ValueError naming the first field that differs from another run's."""
@@ -500,8 +536,8 @@ class RoundsTrainer(WholeCheckpoints):
             )
         else:
             self._folds = None
-        if self._weights is not None and self._multi_round and checkpoint is None:
-            self._weights.begin()
+        if self._weights is not None:
+            self._weights.begin(fresh=self._multi_round and checkpoint is None)
         if self._multi_round:
             available = len(self._folds[0]) if self._folds else len(self._prepared_train_dataset)
             self._rows = RoundDataset(self._planned_rows(available))
@@ -519,6 +555,12 @@ class RoundsTrainer(WholeCheckpoints):
         manifest = self._check_checkpoint(checkpoint)
         if manifest is None:
             return
+        base = None if self._weights is None else self._weights.base
+        if manifest.get("base") is not None and base is not None and manifest["base"] != base:
+            raise ConfigurationError(
+                f"The model below the adapter is not the one that {checkpoint.name} was trained on (names, shapes, "
+                "dtypes or values of its weights differ): load that model, in the same dtype."
+            )
         self._run_id = manifest["run_id"]
         self._num_folds = manifest["num_folds"]
         if self.args.round_data == "split" and self._num_folds != self.args.num_rounds:
@@ -818,6 +860,7 @@ class RoundsTrainer(WholeCheckpoints):
             "run_id": self._run_id,
             "world_size": self.accelerator.num_processes,
             "round": round_index,
+            "base": None if self._weights is None else self._weights.base,
             "num_folds": self._num_folds,
             "settings": [
                 {**self.round_settings(t), **(self._transition_settings(t) if t else {})}
@@ -1171,7 +1214,7 @@ class RoundsTrainer(WholeCheckpoints):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        if self._multi_round and self._weights is not None and self._weights.has_reference:
+        if self._weights is not None and self._weights.holds_state(folder):
             # The adapter that a checkpoint shows is history and adapter in one, of a rank that does not fit.
             self._weights.load(folder)
         else:
