@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from peft import LoraConfig
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments
 
 from trl_extras import cli
@@ -110,6 +111,29 @@ def test_the_quickstart_as_a_recipe() -> None:
     assert config.max_completion_length == quickstart.MAX_NEW_TOKENS
     file, _, function = config.reward_funcs[0].partition(":")
     assert f"def {function}(" in (RECIPES.parent / file).read_text(encoding="utf-8")
+
+
+def test_the_quickstart_with_lora(tmp_path: Path) -> None:
+    """Its own learning rate, kept for a resume; and a run of before there was the flag is one without."""
+    pytest.importorskip("rich")
+    sys.path.insert(0, str(RECIPES / "quickstart"))
+    quickstart = importlib.import_module("quickstart")
+    (tmp_path / "run").mkdir()
+
+    def settle(*flags: str) -> dict[str, Any]:
+        return quickstart.settle(quickstart.parse(["--output", str(tmp_path / "run"), *flags]), print)[1]
+
+    settings = settle("--lora")
+    assert settings == {**quickstart.DEFAULTS, "lora": True, "learning_rate": quickstart.LORA_LEARNING_RATE}
+    assert settle("--lora", "--learning-rate", "1e-4")["learning_rate"] == 1e-4
+    assert LoraConfig(**quickstart.LORA).r == 8
+    quickstart.write_json(tmp_path / "run" / quickstart.SETTINGS_FILE, settings)
+    assert settle("--resume") == settle("--resume", "--lora") == settings
+    del settings["lora"]
+    quickstart.write_json(tmp_path / "run" / quickstart.SETTINGS_FILE, settings)
+    assert settle("--resume") == {**settings, "lora": False}
+    with pytest.raises(quickstart.Refused, match=r"--lora is True, but the run in .* began with False"):
+        settle("--resume", "--lora")
 
 
 def test_the_quickstart_above_a_floor_differs_by_the_floor_alone() -> None:

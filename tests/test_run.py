@@ -742,6 +742,22 @@ def test_unmodified_stock_script_end_to_end(
     assert ("'spo/gap_chosen'" in result.stdout) == (trainer == "spo")
 
 
+def test_an_adapter_in_the_unmodified_stock_script(run_stock, run_tiny, tmp_path):
+    """TRL's own flags for LoRA: an adapter a round, and one adapter of their sum that plain peft loads."""
+    import json
+
+    from peft import AutoPeftModelForCausalLM
+
+    flags = "--use_peft --lora_r 2 --lora_alpha 6 --lora_target_modules q_proj v_proj --num_rounds 3"
+    result = run_stock("apo", *flags.split())
+    assert result.returncode == 0, result.stderr[-4000:]
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text(encoding="utf-8"))
+    assert (config["r"], config["lora_alpha"]) == (6, 6)
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name)
+    assert len((tmp_path / "out/rounds.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+
+
 @pytest.mark.parametrize(
     ("trainer", "words", "says"),
     [

@@ -132,7 +132,8 @@ def settle(options: argparse.Namespace, say: Any) -> tuple[Path, dict[str, Any]]
             # A run of before there was --lora has no word on it.
             if given is not None and given != settings.get(name, DEFAULTS[name]):
                 flag = "--" + name.replace("_", "-")
-                raise Refused(f"{flag} is {given}, but the run in {output} began with {settings[name]}: leave it out")
+                began = settings.get(name, DEFAULTS[name])
+                raise Refused(f"{flag} is {given}, but the run in {output} began with {began}: leave it out")
         return output, {"lora": False, **settings}
     if options.output is not None:
         output = options.output
