@@ -823,7 +823,7 @@ def test_understood_configurations_are_taken() -> None:
 # ---- Refused when a run is taken up, and passed models ----
 
 
-@pytest.mark.parametrize("what", ["base", "dtype", "rank", "targets"])
+@pytest.mark.parametrize("what", ["base", "dtype", "targets"])
 def test_a_resume_with_another_model_is_refused(
     make_apo: Callable[..., Any], base: Path, tmp_path: Path, what: str
 ) -> None:
@@ -839,12 +839,9 @@ def test_a_resume_with_another_model_is_refused(
         case "dtype":
             given["model"] = base_model(base, torch.bfloat16)
             message = "dtypes or values of its weights differ"
-        case "rank":
-            given["peft_config"] = lora(r=3)
-            message = r"another structure: .*q_proj has factors of shape .*Use the rank"
         case _:
             given["peft_config"] = lora(target_modules=["q_proj", "down_proj"])
-            message = "another structure: .*down_proj has one in memory only. Use the `target_modules`"
+            message = "another structure: .*down_proj is adapted in memory only. Use the `target_modules`"
     before = listing(tmp_path / "out")
     trainer = make_apo(**given, **settings)
     expected = outputs(trainer.model.eval(), ids())
@@ -853,6 +850,18 @@ def test_a_resume_with_another_model_is_refused(
     assert "\n" not in str(error.value)
     assert listing(tmp_path / "out") == before
     assert torch.equal(outputs(trainer.model.eval(), ids()), expected)
+
+
+def test_another_rank_is_refused(make_apo: Callable[..., Any], tmp_path: Path) -> None:
+    """By its field's name before any weights load; and by the state itself, whatever the fields say."""
+    settings = {**FAST, "save_strategy": "epoch"}
+    make_apo(peft_config=lora(), **settings).train()
+    with pytest.raises(ValueError, match="`r` is 3, but the run whose rounds"):
+        make_apo(peft_config=lora(r=3), **settings)
+    checkpoint = next((tmp_path / "out").glob("checkpoint-*"))
+    other = make_apo("other", peft_config=lora(r=3), **settings)
+    with pytest.raises(ValueError, match=r"another structure: .*q_proj has factors of shape .*Use the rank"):
+        other._weights.load(checkpoint)
 
 
 @pytest.mark.parametrize("what", ["value", "shape", "dtype", "name"])
