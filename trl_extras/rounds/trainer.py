@@ -334,9 +334,9 @@ class RoundsTrainer(WholeCheckpoints):
     def _comparable_adapter(given: dict[str, Any]) -> dict[str, Any]:
         """What an adapter's configuration adds to the fields that a run cannot change when it goes on."""
         adapter = given.get("peft_config")
-        model = given.get("model")
-        if adapter is None and isinstance(model, torch.nn.Module) and is_peft_model(model):
-            adapter = model.peft_config.get("default")
+        configurations = getattr(given.get("model"), "peft_config", None)
+        if adapter is None and isinstance(configurations, dict):
+            adapter = configurations.get("default")
         kind = getattr(adapter, "peft_type", None)
         found: dict[str, Any] = {"peft_type": None if kind is None else str(getattr(kind, "value", kind))}
         for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"):
