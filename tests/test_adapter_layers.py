@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from tests import tiny
 from tests.reference import low_rank as reference
 from trl_extras.errors import ConfigurationError
-from trl_extras.rounds.adapters import LoraRounds, Output, why_not
+from trl_extras.rounds.adapters import LoraRounds, why_not
 from trl_extras.rounds.state import base_fingerprint
 
 
@@ -515,7 +515,7 @@ def test_a_truncated_adapter_is_the_svd_of_the_dense_change(name: str, tmp_path:
             expected[key] = truncated.reshape(change.shape)
             left_out, whole = left_out + squared, whole + float((change**2).sum())
         assert error == pytest.approx(math.sqrt(left_out / whole), rel=1e-6, abs=1e-12)
-        rounds.set_output(Output(rank=rank))
+        rounds.set_output(rank, merged=False)
         model.save_pretrained(tmp_path / "truncated")
         assert json.loads((tmp_path / "truncated/adapter_config.json").read_text())["r"] == rank
         plain = loaded(CASES[name], tmp_path / "truncated", torch.float64)
@@ -532,7 +532,7 @@ def test_a_truncated_adapter_is_the_svd_of_the_dense_change(name: str, tmp_path:
 def test_a_merged_output_is_float32(name: str, dtype: torch.dtype, rank: int | None, tmp_path: Path) -> None:
     rounds, model, x, start, _theta, thetahat = three_rounds(name, tmp_path, dtype)
     rounds.check_merge()
-    rounds.set_output(Output(rank=rank, merged=True))
+    rounds.set_output(rank, merged=True)
     model.save_pretrained(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert merged.dtype == torch.float32
@@ -553,14 +553,12 @@ def test_a_policy_that_is_the_base_is_saved_truncated_and_merged(tmp_path: Path)
     rounds = LoraRounds(model, passed=False, seed=0, num_rounds=2)
     rounds.rebase()
     expected = outputs(model, tokens())
-    for output in (None, Output(rank=2), Output(merged=True), Output(rank=2, merged=True)):
-        rounds.set_output(output)
-        folder = tmp_path / str(output)
+    for rank, merged in ((None, False), (2, False), (None, True), (2, True)):
+        rounds.set_output(rank, merged)
+        folder = tmp_path / f"{rank} {merged}"
         model.save_pretrained(folder)
         again: Any = (
-            AutoModelForCausalLM.from_pretrained(folder)
-            if output is not None and output.merged
-            else loaded(CASES["Llama"], folder, torch.float32)
+            AutoModelForCausalLM.from_pretrained(folder) if merged else loaded(CASES["Llama"], folder, torch.float32)
         )
         assert relative(outputs(again, tokens()), expected) < 1e-6
 

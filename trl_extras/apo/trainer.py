@@ -238,13 +238,7 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
                     "in `output_dir` instead. Use a larger rank or tolerance; a run with checkpoints can be resumed."
                 )
             self._say(f"The output is truncated to rank {rank}, with a relative error of {error:.3g}.")
-        self._adapters.set_output(self._output_of_adapters(rank, self.args.adapter_output == "merged"))
-
-    @staticmethod
-    def _output_of_adapters(rank: int | None, merged: bool) -> Any:
-        from ..rounds.adapters import Output
-
-        return Output(rank, merged)
+        self._adapters.set_output(rank, self.args.adapter_output == "merged")
 
     def _extrapolate_last(self) -> None:
         last = self.args.num_rounds - 1

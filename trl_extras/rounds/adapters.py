@@ -194,6 +194,7 @@ class LoraRounds(TrainableState):
         self._reference: list[float] | None = None
         self._gram = torch.zeros(0, 0, dtype=torch.float64)
         self._begun = False
+        self._embeddings: list[str] | None = None
         self.output: Output | None = None
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # What is copied here has to be alike on all processes. DDP sees to that later, when it wraps the model.
@@ -311,7 +312,8 @@ class LoraRounds(TrainableState):
         for handle in self._handles:
             handle.remove()
         for layer in self._layers.values():
-            delattr(layer.base_layer, _MARK)
+            if hasattr(layer.base_layer, _MARK):
+                delattr(layer.base_layer, _MARK)
         return plain
 
     def _place(self, layer: LoraLayer) -> tuple[torch.device, torch.dtype]:
@@ -673,18 +675,17 @@ class LoraRounds(TrainableState):
         config = _with_scaling_inside(copy.deepcopy(self._config), rank, {})
         return result, config, math.sqrt(left_out / whole) if whole else 0.0
 
-    def set_output(self, output: Output | None) -> None:
-        """What `save_pretrained` of the model writes from now on; None: history and adapter as one adapter."""
-        self.output = output
+    def set_output(self, rank: int | None, merged: bool) -> None:
+        """What `save_pretrained` of the model writes from now on, instead of history and adapter as one adapter."""
+        self.output = Output(rank, merged)
         self._install()
 
-    def _write_adapter(self, folder: Path, **kwargs: Any) -> None:
-        """peft's own files, of history and adapter as one or of what the output has been set to."""
-        if self.output is not None and self.output.rank is not None and kwargs.pop("as_output", False):
-            factors, config, _ = self.truncated(self.output.rank)
-        else:
-            kwargs.pop("as_output", None)
+    def _write_adapter(self, folder: Path, rank: int | None = None, **kwargs: Any) -> None:
+        """peft's own files, of history and adapter as one, truncated if a `rank` is given."""
+        if rank is None:
             factors, config = self._whole()
+        else:
+            factors, config, _ = self.truncated(rank)
         state = {}
         for name, change in factors.items():
             for key, tensor in _keys(self._layers[name], self._adapter, change).items():
@@ -701,12 +702,15 @@ class LoraRounds(TrainableState):
 
     def _resized_embeddings(self) -> dict[str, Tensor]:
         """The base's embeddings where peft saves them beside an adapter: somebody has resized them after loading."""
-        names = self._layers.values()
-        if any(self._adapter in layer.lora_embedding_A for layer in names):
-            # peft would save them because they are adapted; no base weight has changed.
-            return {}
-        stock = get_peft_model_state_dict(self.model, adapter_name=self._adapter)
-        return {name: tensor.detach().cpu() for name, tensor in stock.items() if "lora_" not in name}
+        if self._embeddings is None:
+            # Once: peft may ask the Hub for the vocabulary that the base came with.
+            stock: dict[str, Tensor] = {}
+            if not any(self._adapter in layer.lora_embedding_A for layer in self._layers.values()):
+                # Else peft would save them because they are adapted; no base weight has changed.
+                stock = get_peft_model_state_dict(self.model, adapter_name=self._adapter)
+            self._embeddings = [name for name in stock if "lora_" not in name]
+        state = self.model.state_dict() if self._embeddings else {}
+        return {name: state[name].cpu() for name in self._embeddings}
 
     def _write_merged(self, folder: Path) -> None:
         """The whole model with history and adapter in its weights, in float32, as transformers saves one."""
@@ -857,7 +861,8 @@ def _save_pretrained(self: LoraRounds, save_directory: Any, safe_serialization: 
             f"{folder.name} holds a whole model, beside which an adapter is saved now: transformers would load one on "
             "top of the other. Remove that model, or save to another folder."
         )
-    self._write_adapter(folder, as_output=True, safe_serialization=safe_serialization, **kwargs)
+    rank = None if self.output is None else self.output.rank
+    self._write_adapter(folder, rank, safe_serialization=safe_serialization, **kwargs)
 
 
 # ---- peft's layouts ----
