@@ -213,9 +213,10 @@ def read(text: str) -> Any:
 
 
 HELD_OUT = "Measured on held-out prompts"
-ROUNDS_TABLES = (("docs/apo.md", "Configuration"), ("docs/rollouts.md", "Sampling"))
+VLLM_TABLE = (("docs/rollouts.md", "vLLM"),)
+ROUNDS_TABLES = (("docs/apo.md", "Configuration"), ("docs/rollouts.md", "Sampling"), *VLLM_TABLE)
 FLOOR_TABLE = (("docs/spo.md", "Configuration"),)
-WEIGHTS_TABLE = (("docs/spr.md", "Configuration"),)
+WEIGHTS_TABLE = (("docs/spr.md", "Configuration"), *VLLM_TABLE)
 
 
 @pytest.mark.parametrize(

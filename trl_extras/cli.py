@@ -26,13 +26,15 @@ from .run import main as run_main
 _SCRIPTS = Path(__file__).parent / "scripts"
 # They would have accelerate start something else than the method's script.
 _NOT_FOR_US = {"-h", "--help", "-m", "--module", "--no_python", "--no-python"}
+# Say what a run would take, instead of running it.
+_PLAN = ("--plan", "--plan_json")
 
 _HELP = """\
 usage: trl-extras COMMAND ...
 
   METHOD --config recipe.yaml [flags]
                   train; also takes the flags of `accelerate launch`, and --accelerate_config, on the command line or
-                  in the YAML file. The methods:
+                  in the YAML file. With --plan it says what the run would take, and trains nothing. The methods:
 {methods}
 
   run --trainer NAME SCRIPT [script arguments]
@@ -67,7 +69,7 @@ def help_text() -> str:
 
 
 def _launcher_options(error: Ledger) -> tuple[Any, dict[str, argparse.Action]]:
-    """`accelerate launch`'s parser and its options, `--accelerate_config` included."""
+    """`accelerate launch`'s parser and its options, `--accelerate_config` and those of the plan included."""
     from accelerate.commands.launch import launch_command_parser
 
     parser: Any = launch_command_parser()
@@ -77,8 +79,11 @@ def _launcher_options(error: Ledger) -> tuple[Any, dict[str, argparse.Action]]:
 
     parser.error = refuse  # argparse's own prints the usage first
     options = {flag: action for flag, action in option_actions(parser).items() if flag not in _NOT_FOR_US}
-    named = argparse.ArgumentParser(add_help=False).add_argument("--accelerate_config")
-    return parser, {**options, "--accelerate_config": named}
+    ours = argparse.ArgumentParser(add_help=False)
+    ours.add_argument("--accelerate_config")
+    for flag in _PLAN:
+        ours.add_argument(flag, action="store_true")
+    return parser, options | option_actions(ours)
 
 
 def _split_words(
@@ -220,7 +225,8 @@ def train(name: str, argv: Sequence[str]) -> int:
     ours, theirs = _split_words(argv, script, launcher, error)
     with _without_launcher_keys(ours, theirs, script, launcher, error) as ours:
         # Once here, so that a wrong value is one line instead of one traceback a process.
-        module.parse_arguments(ours, prog)
+        parsed = module.parse_arguments(ours, prog)
+        plans = [theirs.pop(flag.lstrip("-"), []) for flag in _PLAN]
         from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
         words = [word for group in theirs.values() for word in group]
@@ -229,6 +235,11 @@ def train(name: str, argv: Sequence[str]) -> int:
             arguments = launcher_parser.parse_args([*resolve_accelerate_config_argument(words), path, *ours])
         except ValueError as problem:
             raise error.error(str(problem)) from problem
+        if any(plans):
+            status: int = import_module("trl_extras.scripts._plan").show(
+                module.script, parsed, arguments, as_json=bool(plans[1])
+            )
+            return status
         return _launch(arguments)
 
 

@@ -30,6 +30,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,8 +148,13 @@ def make_phase(
         _text_tokenizer=lambda: tokenizer, _sampling_settings=lambda: settings,
     )  # fmt: skip
     trainer._mine = lambda batches: list(batches)
+    trainer._vllm, trainer._gathered = None, nullcontext
+    for name in ("_sampler", "_sample_here"):
+        setattr(trainer, name, partial(getattr(RolloutsTrainer, name), trainer))
     trainer._progress = lambda total, what: RolloutsTrainer._progress(trainer, total, what)
-    task: Any = SimpleNamespace(store=store, prompts=prompts, num_generations=generations, where="Benchmark")
+    task: Any = SimpleNamespace(
+        store=store, prompts=prompts, num_generations=generations, where="Benchmark", given=False
+    )
 
     def phase(batch: Any) -> None:
         RolloutsTrainer._sample(trainer, task, [batch])

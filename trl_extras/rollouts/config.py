@@ -11,8 +11,13 @@ from ..rounds.config import as_list, set_number
 
 # The word that stands for a labeller elsewhere.
 EXTERNAL = "external"
-# Prompts whose completions are sampled together unless `generation_batch_size` says otherwise.
+# Prompts whose completions are sampled together unless `generation_batch_size` says otherwise; vLLM keeps its own
+# queue and is fast with many only.
 _DEFAULT_BATCH_PROMPTS = 8
+_VLLM_BATCH_PROMPTS = 64
+
+VLLM_MODES = ("colocate", "server")
+VLLM_MODEL_IMPLS = ("vllm", "transformers", "auto")
 
 
 @dataclass
@@ -42,7 +47,22 @@ class SamplingConfig:
             Tokens after which a completion is cut.
         generation_batch_size (`int`, *optional*):
             Completions that one process samples at a time, a multiple of `num_generations`; those of 8 prompts by
-            default. What is sampled depends on it, but not on the number of processes.
+            default, of 64 with vLLM. What is sampled depends on it, but not on the number of processes.
+        use_vllm (`bool`, *optional*, defaults to `False`):
+            Whether vLLM samples, through TRL's `VLLMGeneration`, instead of transformers. It has not been run on a
+            GPU yet.
+        vllm_mode (`str`, *optional*, defaults to `"colocate"`):
+            `"colocate"`: the engine lives in the training processes, on their GPUs. `"server"`: prompts and weights
+            go to a server that you have started with `vllm serve`.
+        vllm_model_impl, vllm_structured_outputs_regex (*optional*):
+            Whose implementation of the model the engine runs, and a regular expression that completions have to
+            match.
+        vllm_gpu_memory_utilization, vllm_max_model_length, vllm_tensor_parallel_size, vllm_enable_sleep_mode:
+            With `"colocate"`: share of the GPU's memory that the engine takes, its context in tokens, GPUs that share
+            one engine, and whether it frees its memory between rounds.
+        vllm_server_base_url, vllm_server_host, vllm_server_port, vllm_server_timeout, vllm_group_port:
+            With `"server"`: where the server is (the URL, or host and port), how many seconds it may take to answer
+            that it is up, and the port over which weights go.
     """
 
     reward_funcs: list[str] | None = field(
@@ -86,6 +106,62 @@ class SamplingConfig:
         metadata={"help": "Completions that one process samples at a time, a multiple of num_generations."},
     )
 
+    use_vllm: bool = field(
+        default=False,
+        metadata={"help": "Sample with vLLM, through TRL's VLLMGeneration. Not run on a GPU yet."},
+    )
+    vllm_mode: str = field(
+        default="colocate",
+        metadata={
+            "help": "'colocate': vLLM in the training processes, on their GPUs. 'server': a server that you have "
+            "started with `vllm serve`.",
+            "choices": list(VLLM_MODES),
+        },
+    )
+    vllm_model_impl: str = field(
+        default="vllm",
+        metadata={"help": "Whose implementation of the model vLLM runs: 'vllm', 'transformers' or 'auto'."},
+    )
+    vllm_enable_sleep_mode: bool = field(
+        default=False,
+        metadata={
+            "help": "With 'colocate': the engine gives its weights and cache up between rounds. Frees memory, takes "
+            "time."
+        },
+    )
+    vllm_structured_outputs_regex: str | None = field(
+        default=None, metadata={"help": "Regular expression that vLLM makes completions match; none by default."}
+    )
+    vllm_server_base_url: str | None = field(
+        default=None,
+        metadata={"help": "With 'server': its URL, such as http://localhost:8000, instead of host and port."},
+    )
+    vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "With 'server': its host, without a URL."})
+    vllm_server_port: int = field(default=8000, metadata={"help": "With 'server': its port, without a URL."})
+    vllm_server_timeout: float = field(
+        default=240.0, metadata={"help": "With 'server': seconds within which it has to answer that it is up."}
+    )
+    vllm_group_port: int = field(
+        default=51216, metadata={"help": "With 'server': port over which the weights go to it."}
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3,
+        metadata={
+            "help": "With 'colocate': share of the GPU's memory for vLLM. A server has a flag of its own for it."
+        },
+    )
+    vllm_max_model_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "With 'colocate': tokens of prompt and completion together that vLLM has room for. By default "
+            "what the model's configuration says."
+        },
+    )
+    vllm_tensor_parallel_size: int = field(
+        default=1,
+        metadata={"help": "With 'colocate': GPUs that share one engine. A server has a flag of its own for it."},
+    )
+
     def validate_sampling(self, least_generations: int = 2) -> None:
         """
         Check the fields of this mixin.
@@ -124,7 +200,41 @@ class SamplingConfig:
                     f"`generation_batch_size` is {size}, but wants a multiple of `num_generations`, which is {each}: "
                     f"the completions of a prompt are sampled together. Use {max(size // each, 1) * each}."
                 )
+        self._validate_vllm()
         self._validate_judges()
+
+    def _validate_vllm(self) -> None:
+        """What can be told from the values alone; `vllm.check_vllm` looks at the machine."""
+        for name, choices in (("vllm_mode", VLLM_MODES), ("vllm_model_impl", VLLM_MODEL_IMPLS)):
+            if getattr(self, name) not in choices:
+                raise ConfigurationError(
+                    f"`{name}` is {getattr(self, name)!r}, but wants one of {', '.join(choices)}."
+                )
+        for name, least, most in (
+            ("vllm_server_port", 1, 65535),
+            ("vllm_group_port", 1, 65535),
+            ("vllm_tensor_parallel_size", 1, math.inf),
+            ("vllm_max_model_length", 1, math.inf),
+        ):
+            value = getattr(self, name)
+            if value is None and name == "vllm_max_model_length":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                limit = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+                raise ConfigurationError(f"`{name}` is {value!r}, but wants a whole number {limit}.")
+        set_number(self, "vllm_gpu_memory_utilization", lambda u: 0 < u <= 1, "a number above 0 and at most 1")
+        set_number(self, "vllm_server_timeout", lambda s: s >= 0, "a finite number of seconds, at least 0")
+        url = self.vllm_server_base_url
+        if url is not None and not str(url).startswith(("http://", "https://")):
+            raise ConfigurationError(
+                f"`vllm_server_base_url` is {url!r}, but wants a URL such as http://localhost:8000."
+            )
+        room = self.vllm_max_model_length
+        if self.use_vllm and self.vllm_mode == "colocate" and room is not None and room <= self.max_completion_length:
+            raise ConfigurationError(
+                f"`vllm_max_model_length` is {room}, but has to hold a prompt and `max_completion_length`, which is "
+                f"{self.max_completion_length}, together: raise the one or lower the other."
+            )
 
     def _validate_judges(self) -> None:
         if isinstance(self.reward_funcs, str):
@@ -158,8 +268,13 @@ class SamplingConfig:
             )
 
     @property
+    def vllm_server(self) -> str:
+        """Where the server is, without a slash at the end."""
+        return (self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}").rstrip("/")
+
+    @property
     def batch_prompts(self) -> int:
         """Prompts whose completions are sampled in one batch."""
         if self.generation_batch_size is None:
-            return _DEFAULT_BATCH_PROMPTS
+            return _VLLM_BATCH_PROMPTS if self.use_vllm else _DEFAULT_BATCH_PROMPTS
         return self.generation_batch_size // max(self.num_generations, 1)

@@ -203,6 +203,10 @@ class TransformersSampler:
         self.settings = settings
         self._autocast = autocast
 
+    def batches(self, mine: Sequence[Batch], num: int) -> Iterator[Batch]:
+        """The batches to sample, in their order; a sampler whose processes work in step does more here."""
+        yield from mine
+
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Sequence[int]], num: int, seed: int) -> list[list[Completion]]:
         """
@@ -239,6 +243,8 @@ class TransformersSampler:
                 attention_mask=mask,
                 generation_config=config,
                 logits_processor=LogitsProcessorList([*self.settings.processors(repeated), recorder]),
+                # Each process has batches of its own, and the whole model meanwhile: it waits for nobody.
+                synced_gpus=False,
             )
         sampled = sequences[:, longest:]
         return _split(sampled, recorder.finish(sequences)[:, : sampled.shape[1]], self.settings.stop_token_ids, num)

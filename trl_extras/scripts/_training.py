@@ -71,7 +71,8 @@ class TrainingScript:
             # argparse's own names every flag before it explains the first one.
             usage="%(prog)s [--config recipe.yaml] [flags]",
             description=f"{self.summary} Every flag is a key of the YAML file too, and wins over it. `{self.prog}` "
-            "also takes the flags of `accelerate launch`, and --accelerate_config.",
+            "also takes the flags of `accelerate launch`, and --accelerate_config; with --plan it says what the run "
+            "would take (steps, disk, memory) and trains nothing, with --plan_json the same as JSON.",
         )
         return parser
 
@@ -91,15 +92,14 @@ class TrainingScript:
             raise ledger.error("no model is given: set model_name_or_path")
         return arguments
 
-    def main(
+    def trainer_arguments(
         self,
         script_args: ScriptArguments,
         training_args: Any,
         model_args: ModelConfig,
         dataset_args: DatasetMixtureConfig,
-    ) -> None:
-        """Load, train, save and, if asked to, push."""
-        import torch
+    ) -> dict[str, Any]:
+        """What the trainer is made with; loads the dataset."""
         from accelerate.logging import get_logger
         from datasets import load_dataset
         from trl import get_dataset, get_peft_config, get_quantization_config
@@ -122,14 +122,27 @@ class TrainingScript:
             **(training_args.model_init_kwargs or {}),
         }
         evaluates = training_args.eval_strategy != "no"
-        trainer: Any = self._classes.trainer(
-            model=model_args.model_name_or_path,
-            args=training_args,
-            train_dataset=dataset[script_args.dataset_train_split],
-            eval_dataset=dataset[script_args.dataset_test_split] if evaluates else None,
-            quantization_config=get_quantization_config(model_args),
-            peft_config=get_peft_config(model_args),
-        )
+        return {
+            "model": model_args.model_name_or_path,
+            "args": training_args,
+            "train_dataset": dataset[script_args.dataset_train_split],
+            "eval_dataset": dataset[script_args.dataset_test_split] if evaluates else None,
+            "quantization_config": get_quantization_config(model_args),
+            "peft_config": get_peft_config(model_args),
+        }
+
+    def main(
+        self,
+        script_args: ScriptArguments,
+        training_args: Any,
+        model_args: ModelConfig,
+        dataset_args: DatasetMixtureConfig,
+    ) -> None:
+        """Load, train, save and, if asked to, push."""
+        import torch
+
+        given = self.trainer_arguments(script_args, training_args, model_args, dataset_args)
+        trainer: Any = self._classes.trainer(**given)
         if script_args.ignore_bias_buffers:
             # The name under which torch's DDP looks for buffers that it must not synchronise.
             trainer.model._ddp_params_and_buffers_to_ignore = [
