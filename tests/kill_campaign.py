@@ -3,7 +3,8 @@ Kill small runs with SIGKILL at random instants of their training, resume them, 
 
 ```bash
 python tests/kill_campaign.py 60 --seed 0
-python tests/kill_campaign.py 8 --processes 2
+python tests/kill_campaign.py 20 --processes 2
+python tests/kill_campaign.py 20 --processes 2 --fsdp2
 python tests/kill_campaign.py 40 --on-policy
 python tests/kill_campaign.py 30 --method spo
 python tests/kill_campaign.py 20 --method apo_spo
@@ -20,6 +21,9 @@ four times, and resumed with `resume_from_checkpoint="True"` (or another spellin
 At the end of a case the weights, the logged losses, rates and gradient norms, `rounds.jsonl` (but for durations) and
 all weights on disk are those of the run left alone, to the bit, and the same files lie in the output folder: no
 leftovers.
+
+With `--processes 2`, half of the kills hit one of the two alone: then the other has to end by itself, in less than
+`SURVIVOR_SECONDS`. With `--fsdp2` each of the two holds a part of the weights (`shards_on_cpu.py`).
 
 With `--on-policy` the runs sample their own rows (`kill_campaign_rollouts.py`): then the rollouts are the same too, to
 the byte, no finished phase is repeated, and the table has kills by phase. With `--method` the runs are another
@@ -83,12 +87,12 @@ from trl import DPOTrainer
 from tests import kill_campaign_rollouts as on_policy
 from tests import kill_campaign_spo as spo
 from tests import kill_campaign_spr as spr
-from tests import tiny
+from tests import shards_on_cpu, tiny
 from trl_extras import APOTrainer
 from trl_extras.rollouts.sampling import TransformersSampler
 from trl_extras.rollouts.store import RolloutStore
 from trl_extras.rollouts.trainer import RolloutsTrainer
-from trl_extras.rounds import checkpoints, durable
+from trl_extras.rounds import checkpoints, durable, sharding
 from trl_extras.rounds.adapters import LoraRounds
 from trl_extras.rounds.saving import WholeCheckpoints
 from trl_extras.rounds.state import FullWeights
@@ -101,6 +105,8 @@ tqdm.set_lock(threading.RLock())
 
 MOST_KILLS = 4
 LIFE_SECONDS = 180
+# What a process may take to end when the other one has been killed: it notices at their next collective.
+SURVIVOR_SECONDS = 60
 SPELLINGS = ("True", "True", "true", "last", True)
 
 # What is watched: what the trainer is doing, and the operation inside it.
@@ -307,8 +313,10 @@ def live(case: Case, folder: Path, resume: Any, other: str | None) -> dict[str, 
     trainer = make_trainer(case, folder, other)
     trainer.train(resume_from_checkpoint=resume)
     weights = hashlib.sha256()
+    sharding.settle(trainer.model)
     for name, parameter in trainer.model.named_parameters():
-        weights.update(name.encode() + parameter.detach().contiguous().numpy().tobytes())
+        values = sharding.whole(parameter).detach().contiguous()
+        weights.update(name.encode() + values.numpy().tobytes())
     keys = ("step", "loss", "learning_rate", "grad_norm")
     summaries = folder / "rounds.jsonl"
     lines = summaries.read_text(encoding="utf-8").splitlines() if summaries.is_file() else []
@@ -344,6 +352,7 @@ class Case:
     settings: dict[str, Any]
     processes: int
     on_policy: bool = False
+    fsdp2: bool = False
     # Of `spo.METHODS`, or None for APO.
     method: str | None = None
     expected: dict[str, Any] = field(default_factory=dict)
@@ -354,6 +363,8 @@ class Case:
     hits: collections.Counter[str] = field(default_factory=collections.Counter)
     kills: list[tuple[str, list[str]]] = field(default_factory=list)
     lives: int = 0
+    # Seconds that one process took to end after the other.
+    survived: list[float] = field(default_factory=list)
     # Of the life that begins, where processes share it.
     data: Path = Path()
     # Lives that had another model in memory than the first one.
@@ -443,6 +454,9 @@ class Life:
                     RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.processes),
                     LOCAL_WORLD_SIZE=str(case.processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
                 )  # fmt: skip
+            if case.fsdp2:
+                os.environ.update(shards_on_cpu.ENVIRONMENT)
+                shards_on_cpu.allow()
             watch(self.statuses[rank], seed + rank, case.method)
             if case.on_policy:
                 case.sampling.watch(self.statuses[rank], self.done)
@@ -605,9 +619,12 @@ def run_case(case: Case, draw: random.Random, most_kills: int) -> None:
         if killed:
             where = life.where()
             if case.processes > 1 and draw.random() < 0.5:
-                # One alone; the others hang or fail until the launcher ends them.
+                # One alone; no launcher ends the other.
                 life.kill(only=draw.randrange(case.processes))
-                life.wait(lambda: False, 0.3)
+                since = time.monotonic()
+                if not life.wait(lambda: False, SURVIVOR_SECONDS):
+                    problems.append(f"a process went on for {SURVIVOR_SECONDS} s without the other")
+                case.survived.append(time.monotonic() - since)
             life.kill()
             case.hits[where] += 1
             case.kills.append((where if case.processes > 1 else life.where(), problems))
@@ -661,11 +678,14 @@ def main() -> int:
     parser.add_argument("kills", type=int, metavar="N", help="how many kills")
     parser.add_argument("--seed", type=int, default=0, help="draws configurations and instants (default: 0)")
     parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="processes of a run (default: 1)")
+    parser.add_argument("--fsdp2", action="store_true", help="two processes that hold parts of the weights")
     parser.add_argument("--on-policy", action="store_true", help="runs that sample their own rows")
     parser.add_argument("--method", choices=[*spo.METHODS, "spr"], help="another method than APO")
     options = parser.parse_args()
     if options.on_policy and options.method == "spo":
         parser.error("SPO has no rounds to sample rows in: use --method apo_spo.")
+    if options.fsdp2 and options.processes == 1:
+        parser.error("--fsdp2 takes --processes 2.")
     # SPR's runs always do.
     options.on_policy = options.on_policy or options.method == "spr"
     sampling, method = (spr, None) if options.method == "spr" else (on_policy, options.method)
@@ -673,6 +693,7 @@ def main() -> int:
     hit: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     hits: collections.Counter[str] = collections.Counter()
     begun, done, failed, number, others = time.monotonic(), 0, 0, 0, 0
+    survived: list[float] = []
     with workspace() as work:
         tiny.save_model(work / "base")
         spo.save_models(work / "base")
@@ -681,8 +702,8 @@ def main() -> int:
             settings = draw_case(draw, options)
             folder, base = work / f"case-{number}", work / "base"
             case = Case(
-                number, base, folder, settings, options.processes, options.on_policy, method, hits=hits,
-                sampling=sampling,
+                number, base, folder, settings, options.processes, options.on_policy, options.fsdp2, method,
+                hits=hits, sampling=sampling,
             )  # fmt: skip
             case.folder.mkdir()
             try:
@@ -692,6 +713,7 @@ def main() -> int:
                     case.kills.append(("(a run that nobody killed)", []))
                 case.kills[-1][1].append(f"a run {error}")
             done, others = done + len(case.kills), others + case.others
+            survived += case.survived
             wrong = sorted({problem for _, problems in case.kills for problem in problems})
             for where, problems in case.kills:
                 hit[where]["failed" if problems else "passed"] += 1
@@ -715,6 +737,8 @@ def main() -> int:
     for where, outcomes in sorted(hit.items(), key=lambda item: sampling.in_order_of_a_run(item[0])):
         print(f"| {where:{width}} | {outcomes.total():5} | {outcomes['passed']:6} | {outcomes['failed']:6} |")
     print(f"\n{done - failed} passed, {failed} failed")
+    if survived:
+        print(f"{len(survived)} times one process died alone; the other ended within {max(survived):.1f} s")
     if others:
         print(f"{others} lives that went on had another model in memory")
     return 1 if failed else 0

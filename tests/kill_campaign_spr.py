@@ -26,8 +26,9 @@ from peft import LoraConfig
 from tests import kill_campaign_rollouts as on_policy
 from tests import tiny
 from trl_extras import SPRConfig, SPRTrainer
+from trl_extras.rounds.data import rows_fingerprint
 from trl_extras.rounds.state import AdapterWeights
-from trl_extras.rounds.trainer import RoundsTrainer, rows_fingerprint
+from trl_extras.rounds.trainer import RoundsTrainer
 
 
 OFFLINE = tuple(f"offline responses, {phase}" for phase in on_policy.SET_PHASES)

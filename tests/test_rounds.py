@@ -27,9 +27,8 @@ from trl import SFTConfig, SFTTrainer
 from tests import tiny
 from trl_extras import APOConfig, APOTrainer
 from trl_extras.rounds import NonFiniteError, RoundDataBuilder, RoundPlan, RoundsConfig, RoundsTrainer, durable
-from trl_extras.rounds.data import RoundDataset, group_keys, split_folds
+from trl_extras.rounds.data import RoundDataset, group_keys, rows_fingerprint, split_folds
 from trl_extras.rounds.plan import restarting
-from trl_extras.rounds.trainer import rows_fingerprint
 
 
 # For monkeypatch.setattr: what is refused is refused before any weights load.
@@ -405,6 +404,19 @@ def test_a_plugin_of_accelerate_launch_is_refused(make_apo: Any, monkeypatch: py
     monkeypatch.setattr(*NO_WEIGHTS)
     with pytest.raises(ValueError, match="does not work with more than one round"):
         type(trainer)(model="nowhere", args=config, train_dataset=tiny.make_pairs(24))
+
+
+def test_fsdp2_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(**settings: Any) -> list[str]:
+        return [what for what, _ in RoundsTrainer._unsupported_shards(SimpleNamespace(deepspeed=None, **settings))]
+
+    assert found(fsdp_plugin_args={"fsdp_version": 2}) == []
+    assert found(fsdp_plugin_args={"fsdp_version": 1}) == ["FSDP1"]
+    assert found(fsdp_plugin_args=None) == []
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert found(fsdp_plugin_args=None) == ["FSDP1"]
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert found(fsdp_plugin_args=None) == []
 
 
 def test_a_bad_checkpoint_in_the_configuration_is_refused_before_weights_load(

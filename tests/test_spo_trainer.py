@@ -368,7 +368,7 @@ def test_an_adapter_moves_alone(make_spo: Any) -> None:
         ({"sft_dataset": "pairs"}, r"these look like preference pairs|These look like preference pairs"),
         ({"sft_dataset_name": "/nowhere/at/all"}, r"`sft_dataset_name` \('/nowhere/at/all'\), split 'train', cannot"),
         ({"bilevel_solver": "unrolled", "deepspeed_env": True}, r"`bilevel_solver='unrolled'` .* DeepSpeed"),
-        ({"sft_dataset": "rows", "fsdp_env": True}, r"`sft_optimum='reference'` of an SFT dataset .* FSDP"),
+        ({"bilevel_solver": "unrolled", "fsdp_env": "1"}, r"`bilevel_solver='unrolled'` .* FSDP1"),
         ({"loss_type": "simpo", "data": "stream"}, r"`loss_type=\['simpo'\]` keeps no reference .* streams"),
         ({"bilevel_solver": "unrolled", "data": "images"}, r"`bilevel_solver='unrolled'` .* images"),
         (

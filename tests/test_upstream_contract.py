@@ -82,9 +82,13 @@ FOREIGN_ATTRIBUTES = {
     "_SubParsersAction": "test_argparse",
     "_actions": "test_argparse",
     "_option_string_actions": "test_argparse",
+    "_auto_reshard_after_forward": "test_fsdp2_keeps_how_it_reshards_in_groups",
     "_ddp_params_and_buffers_to_ignore": "test_ddp_reads_the_buffers_to_ignore",
     "_finish_current_push": "test_a_push_can_be_waited_for",
+    "_fsdp_param_groups": "test_fsdp2_keeps_how_it_reshards_in_groups",
+    "_get_fsdp_state": "test_fsdp2_keeps_how_it_reshards_in_groups",
     "_get_output_dir": "test_a_checkpoint_goes_where_get_output_dir_says",
+    "_is_root": "test_fsdp2_keeps_how_it_reshards_in_groups",
     "_last_lr": "test_schedules_are_functions_of_the_step",
     "_metrics": "test_metrics_are_lists_that_log_averages",
     "_name": "test_card_attributes",
@@ -101,6 +105,21 @@ FOREIGN_ATTRIBUTES = {
     "_save_checkpoint": "test_a_checkpoint_goes_where_get_output_dir_says",
     "_tag_names": "test_card_attributes",
 }
+
+
+def test_fsdp2_keeps_how_it_reshards_in_groups() -> None:
+    """Else: after sampling from shards, training has whole weights in memory that it should have given back."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    setter = inspect.getsource(FSDPModule.set_reshard_after_forward)
+    for used in ("_get_fsdp_state()", "state._auto_reshard_after_forward", "state._fsdp_param_groups",
+                 "fsdp_param_group.post_forward_mesh_info ="):  # fmt: skip
+        assert used in setter
+    settled = inspect.getsource(FSDPState._lazy_init)
+    assert "if self._auto_reshard_after_forward:" in settled
+    assert "self._is_root = True" in settled
+    # What it comes to: test_sharding.py, `resharding_is_what_it_was`.
 
 
 def test_every_foreign_private_attribute_is_listed_and_tested() -> None:

@@ -6,6 +6,11 @@ Private methods that the trainers override are listed here as well; `tests/test_
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.data_utils import _tokenize
 from trl.trainer.base_config import _BaseConfig
@@ -52,4 +57,61 @@ __all__ = [
     "_BaseConfig",
     "_BaseTrainer",
     "_tokenize",
+    "outside_zero3",
+    "resharding_of",
+    "without_zero3_hooks",
 ]
+
+
+@contextmanager
+def resharding_of(modules: Iterable[Any]) -> Iterator[None]:
+    """
+    Leave FSDP2's modules with the settings of resharding after a forward that they had: torch has a setter alone.
+    """
+    states = {id(state): state for state in (module._get_fsdp_state() for module in modules)}
+    kept = [
+        (state, state._auto_reshard_after_forward, [(group, group.post_forward_mesh_info) for group in groups])
+        for state in states.values()
+        for groups in [state._fsdp_param_groups]
+    ]
+    try:
+        yield
+    finally:
+        for state, automatic, groups in kept:
+            state._auto_reshard_after_forward = automatic
+            for group, info in groups:
+                # A root that decides by itself never reshards, which its first forward would have settled.
+                group.post_forward_mesh_info = None if automatic and state._is_root else info
+
+
+@contextmanager
+def without_zero3_hooks(optimizer: Any) -> Iterator[None]:
+    """
+    Take DeepSpeed's ZeRO-3 hooks off a model and put them back, as TRL does around sampling; TRL's functions want the
+    engine for its optimizer alone.
+    """
+    # Here, because TRL's module takes a second to import and few runs have such hooks.
+    from trl.models.utils import add_hooks, remove_hooks
+
+    engine: Any = SimpleNamespace(optimizer=optimizer)
+    remove_hooks(engine)
+    try:
+        yield
+    finally:
+        add_hooks(engine)
+
+
+@contextmanager
+def outside_zero3() -> Iterator[None]:
+    """
+    Let transformers think that this is no ZeRO-3 run: models are loaded whole, and sampling does not wait for the
+    other processes after every token.
+    """
+    from transformers.integrations import deepspeed
+
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept

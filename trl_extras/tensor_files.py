@@ -97,6 +97,13 @@ class WeightsFolder:
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
+    def dtype(self, name: str) -> torch.dtype:
+        """What a tensor is saved as."""
+        import torch
+
+        found: torch.dtype = getattr(torch, _TORCH_NAMES[self.entries[name].dtype])
+        return found
+
     def piece(self, name: str, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """
         Elements `start` to `start + count` of a tensor, `(count,)`, valid until the next call.
@@ -130,3 +137,4 @@ _NAMES = {
     "torch.uint8": "U8",
     "torch.bool": "BOOL",
 }
+_TORCH_NAMES = {saved: name.removeprefix("torch.") for name, saved in _NAMES.items()}

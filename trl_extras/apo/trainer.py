@@ -31,9 +31,10 @@ from trl import DPOTrainer
 
 from ..errors import ConfigurationError
 from ..rollouts.trainer import RolloutsTrainer
-from ..rounds import durable
+from ..rounds import durable, sharding
+from ..rounds.data import rows_fingerprint
+from ..rounds.saving import asks_for_deepspeed, fsdp_version
 from ..rounds.state import ROUNDS_DIR, FullWeights, RoundFolder
-from ..rounds.trainer import rows_fingerprint
 from .config import APOConfig
 
 
@@ -97,6 +98,9 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
         self._reference_spent = False
         super().__init__(*args, **kwargs)
         self.beta = self.args.beta_of(0)
+        if self._multi_round and self.precompute_ref_logps and not self._user_reference:
+            # With FSDP the parent has one, for values that are computed later here, with the policy.
+            self.ref_model = None
         if self._user_reference and self._writes_reference and not self.precompute_ref_logps:
             self._check_user_reference()
         if config_rank := self.args.adapter_rank:
@@ -117,6 +121,11 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
             raise ConfigurationError(
                 f"{outputs[0]} is about a LoRA adapter, but none is trained: pass `peft_config` (`use_peft` in TRL's "
                 "scripts), or leave it out."
+            )
+        if config.adapter_output == "merged" and (fsdp_version(config) or asks_for_deepspeed(config)):
+            raise ConfigurationError(
+                "`adapter_output` is 'merged', which takes the whole base on one process, but processes hold parts of "
+                "it: save the adapter, and merge it with peft."
             )
         quantized = given.get("quantization_config") is not None or getattr(model, "is_quantized", False)
         if quantized and config.adapter_output == "merged":
@@ -145,13 +154,18 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
         given = super()._complete_arguments(given)
         model, config = given.get("model"), given["args"]
         self._user_reference = given.get("ref_model") is not None
-        if not self._keeps_rounds or config.precompute_ref_log_probs:
+        ahead = config.precompute_ref_log_probs
+        if not self._keeps_rounds or (ahead and not fsdp_version(config)):
             return given
         if given.get("peft_config") is not None or hasattr(model, "peft_config"):
             # The reference is the model with its adapter disabled: no second one is made.
             return given
+        if isinstance(model, torch.nn.Module) and sharding.is_sharded(model):
+            # ZeRO 3 has divided it while it was loaded, and a copy would be empty: upstream loads another one, into
+            # which the policy is written when its round begins.
+            return given
         if self._user_reference:
-            if config.num_rounds > 1:
+            if config.num_rounds > 1 and not ahead:
                 # Later rounds' references are written into it; the user's own object stays as it is.
                 given["ref_model"] = copy.deepcopy(given["ref_model"])
         elif isinstance(model, PreTrainedModel):
@@ -169,11 +183,14 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
         The later rounds' references are written into the model that the user passed: it has to be able to hold them.
         """
         assert self.ref_model is not None
-        wanted = {name: (tuple(p.shape), p.dtype) for name, p in self.model.named_parameters()}
-        given = {
-            name: (tuple(p.shape), p.dtype)
-            for name, p in self.accelerator.unwrap_model(self.ref_model).named_parameters()
-        }
+        # DeepSpeed gives both the dtype that it trains with.
+        wanted, given = (
+            {
+                name: (tuple(sharding.shape_of(p)), None if self.is_deepspeed_enabled else p.dtype)
+                for name, p in model.named_parameters()
+            }
+            for model in (self.model, self.accelerator.unwrap_model(self.ref_model))
+        )
         for name in sorted(wanted.keys() | given.keys()):
             if wanted.get(name) != given.get(name):
                 raise ConfigurationError(
@@ -423,14 +440,17 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
             yield
             return
         # A copy in memory: this happens only where someone resumes with another evaluation set.
-        live = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        sharding.settle(self.model)
+        live = {name: sharding.part_of(weight).flat.clone() for name, weight in self.model.named_parameters()}
         self._weights.load(folder.policy)
         try:
             yield
         finally:
+            sharding.settle(self.model)
             with torch.no_grad():
-                for name, parameter in self.model.named_parameters():
-                    parameter.copy_(live[name])
+                for name, weight in self.model.named_parameters():
+                    sharding.part_of(weight).flat.copy_(live[name])
+            sharding.publish(self.model)
 
 
 def _with_columns(dataset: Any, columns: dict[str, torch.Tensor]) -> Any:

@@ -28,6 +28,7 @@ import xxhash
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from trl import apply_chat_template
 
+from .._compat import outside_zero3
 from ..errors import ConfigurationError
 
 
@@ -376,11 +377,18 @@ class Reward:
     def load(self, device: torch.device) -> None:
         """Bring a model into memory and onto the device."""
         if self.model_id is not None:
-            self.model = AutoModelForSequenceClassification.from_pretrained(
-                self.model_id, num_labels=1, trust_remote_code=self.trust_remote_code
-            )
+            # Whole on every process, each of which scores by itself.
+            with outside_zero3():
+                self.model = AutoModelForSequenceClassification.from_pretrained(
+                    self.model_id, num_labels=1, trust_remote_code=self.trust_remote_code
+                )
         if self.model is None:
             return
+        if any(hasattr(weight, "ds_id") for weight in self.model.parameters()):
+            raise ConfigurationError(
+                f"The reward model {self.name} was loaded in parts, for ZeRO 3, but every process scores by itself: "
+                "pass its id or folder instead, or load it before the training arguments are made."
+            )
         self._home = next(self.model.parameters()).device
         self._before = (self.model.training, self.model.config.get_text_config().pad_token_id)
         self.model.to(device).eval()

@@ -26,9 +26,10 @@ from transformers.utils import logging
 
 from .._compat import _tokenize
 from ..errors import ConfigurationError
-from ..rounds import durable
+from ..rounds import durable, sharding
+from ..rounds.data import rows_fingerprint
 from ..rounds.state import ROUNDS_DIR, RoundFolder
-from ..rounds.trainer import RoundsTrainer, rows_fingerprint
+from ..rounds.trainer import RoundsTrainer
 from .config import EXTERNAL
 from .judges import JudgementError, Ranker, Rewards, public_name, same_judges
 from .labels import WaitingForLabels, label_rows, read_labels
@@ -100,7 +101,14 @@ class RolloutsTrainer(RoundsTrainer):
         self._given_judges = (reward_funcs, reward_processing_classes, ranker)
         self._prompts_digest: str | None = None
         self._evaluates_prompts = False
+        # Made here, started when something is sampled for the first time.
+        self._vllm: Any = None
         super().__init__(*args, **kwargs)
+        if self.args.use_vllm:
+            from .vllm import VLLMSampler
+
+            tokenizer, settings = self._text_tokenizer(), self._sampling_settings()
+            self._vllm = VLLMSampler(self.args, self.accelerator, tokenizer, settings, self._batch_prompts(1))
 
     @property
     def judged_by(self) -> str | None:
@@ -143,6 +151,11 @@ class RolloutsTrainer(RoundsTrainer):
         self._makes_rows = self._rows_are_made(train)
         evaluated = [name for name, dataset in named.items() if self._is_prompts(dataset)]
         self._evaluates_prompts = bool(evaluated)
+        if config.use_vllm:
+            # Here, because most runs have none, and it takes a second to import.
+            from .vllm import check_vllm
+
+            check_vllm(config, self._evaluates_prompts or (self._makes_rows and config.num_generations > 0), given)
         if self._makes_rows:
             self._check_single_round(config)
         if not self._judge_is_needed(given, config, bool(evaluated), reward_funcs, ranker):
@@ -277,7 +290,9 @@ class RolloutsTrainer(RoundsTrainer):
             fields["reward_funcs"] = [public_name(name) for name in fields["reward_funcs"]]
         if fields.get("ranker"):
             fields["ranker"] = public_name(fields["ranker"])
-        return fields
+        # Which engine samples, and where it runs, may change from round to round; what it may say is told with the
+        # rollouts.
+        return {name: value for name, value in fields.items() if name != "use_vllm" and not name.startswith("vllm_")}
 
     # ---- Prompts ----
 
@@ -510,6 +525,8 @@ class RolloutsTrainer(RoundsTrainer):
             "batch_prompts": self._batch_prompts(num_generations),
             "seed": self.args.seed,
         }
+        if self.args.use_vllm:
+            description["vllm"] = {"structured_outputs_regex": self.args.vllm_structured_outputs_regex}
         return RolloutStore(
             self._rollouts_dir / name,
             description,
@@ -627,17 +644,29 @@ class RolloutsTrainer(RoundsTrainer):
         """Sample the batches that are not on disk, each process its own."""
         mine = self._mine(batches)
         left = [batch for batch in mine if not task.store.has("samples", batch.index)]
+        # Where processes hold parts of the policy, all put it together, also one that has nothing left to do.
+        anybody = not task.given and any(sharding.of_all(bool(left)))
+        with self._gathered() if anybody else nullcontext():
+            self._sample_here(task, mine, left, anybody)
+        self.accelerator.wait_for_everyone()
+
+    def _sampler(self, task: _Task) -> AbstractContextManager[Any]:
+        """What samples, while a task's policy is the live one."""
+        model = self.accelerator.unwrap_model(self.model)
+        if self._vllm is not None:
+            return self._vllm.phase(model, str(task.store.description["policy"]))
+        return nullcontext(TransformersSampler(model, self._sampling_settings(), self.accelerator.autocast))
+
+    def _sample_here(self, task: _Task, mine: list[Batch], left: list[Batch], anybody: bool) -> None:
         if left and task.given:
             for batch in left:
                 task.store.put("samples", batch.index, self._given_samples(task, batch))
-        elif left:
-            tokenizer = self._text_tokenizer()
-            model = self.accelerator.unwrap_model(self.model)
-            sampler = TransformersSampler(model, self._sampling_settings(), self.accelerator.autocast)
-            tokens, begun = 0, time.monotonic()
-            with self._progress(sum(len(batch.positions) for batch in mine), f"{task.where}: sampling") as bar:
-                bar.update(sum(len(batch.positions) for batch in mine) - sum(len(batch.positions) for batch in left))
-                for batch in left:
+        elif left or (anybody and self._vllm is not None):
+            tokenizer, prompts_of_mine = self._text_tokenizer(), sum(len(batch.positions) for batch in mine)
+            with self._sampler(task) as sampler, self._progress(prompts_of_mine, f"{task.where}: sampling") as bar:
+                bar.update(prompts_of_mine - sum(len(batch.positions) for batch in left))
+                tokens, begun = 0, time.monotonic()
+                for batch in sampler.batches(left, task.num_generations):
                     started = time.monotonic()
                     prompts = [task.prompts[position]["prompt_ids"] for position in batch.positions]
                     groups = sampler(prompts, task.num_generations, batch.seed)
@@ -662,7 +691,6 @@ class RolloutsTrainer(RoundsTrainer):
                     tokens += sum(len(completion.ids) for group in groups for completion in group)
                     bar.set_postfix_str(f"{tokens / (time.monotonic() - begun):.0f} tokens/s")
                     bar.update(len(batch.positions))
-        self.accelerator.wait_for_everyone()
 
     @staticmethod
     def _given_samples(task: _Task, batch: Batch) -> list[dict[str, Any]]:
@@ -720,6 +748,10 @@ class RolloutsTrainer(RoundsTrainer):
                 # The same tokens, judged differently, or nothing but empty texts: nothing to learn.
                 if chosen == rejected or not any(row["completions"]):
                     row["chosen"] = row["rejected"] = None
+        if sharding.several_processes():
+            said = json.dumps([[row["position"], row["reward"], row["chosen"], row["rejected"]] for row in rows])
+            digest = xxhash.xxh3_64_hexdigest(said.encode())
+            sharding.agree(f"{task.where}: what is said of the completions", digest, "what judges them")
         return rows
 
     def _room(self, row: dict[str, Any]) -> int | None:

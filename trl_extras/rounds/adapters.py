@@ -26,7 +26,8 @@ import json
 import math
 import random
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ from .._compat import REFERENCE_ADAPTER
 from ..errors import ConfigurationError
 from ..low_rank import Factors
 from ..tensor_files import ADAPTER_STATE_ENTRY, ADAPTER_STATE_FILE, read_adapter_state
+from . import sharding
 from .state import TrainableState, base_fingerprint, one_thread
 
 
@@ -187,7 +189,8 @@ class LoraRounds(TrainableState):
             if isinstance(module, LoraLayer) and self._adapter in module.r:
                 self._check_layer(name, module)
                 self._layers[name] = module
-        self._base = base_fingerprint(model)
+        # Where it is loaded to save memory, the other processes have nothing in it yet.
+        self._base = sharding.of_main(base_fingerprint(model))
         self._bases: list[dict[str, Factors]] = []
         self._digests: list[str] = []
         self._below: list[float] = []
@@ -196,11 +199,14 @@ class LoraRounds(TrainableState):
         self._begun = False
         self._embeddings: list[str] | None = None
         self.output: Output | None = None
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        # The whole factors where processes hold parts of them, while one process works by itself.
+        self._held: dict[str, Factors] | None = None
+        self._held_embeddings: dict[str, Tensor] = {}
+        # Changes in the sum that the weights are.
+        self._terms = 1
+        if sharding.several_processes():
             # What is copied here has to be alike on all processes. DDP sees to that later, when it wraps the model.
-            values = [_copies(self._current())]
-            torch.distributed.broadcast_object_list(values)
-            self._set_current(values[0])
+            self._set_current(sharding.of_main(_copies(self._current())))
         current = self._current()
         self._has_start = not all(_is_zero(change) for change in current.values())
         if not self._has_start:
@@ -235,8 +241,25 @@ class LoraRounds(TrainableState):
     # ---- The live parts ----
 
     def _current(self) -> dict[str, Factors]:
-        """The adapter's factors, as views of its parameters."""
+        """The adapter's factors: views of its parameters, or, where those are sharded, gathered copies."""
+        if self._held is not None:
+            return self._held
+        sharding.settle(self.model)
         return {name: _factors_of(layer, self._adapter) for name, layer in self._layers.items()}
+
+    def _current_of(self, name: str) -> Factors:
+        return _factors_of(self._layers[name], self._adapter) if self._held is None else self._held[name]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        before = self._held
+        if before is None and self.sharded:
+            self._held_embeddings = self._resized_embeddings()
+            self._held = _copies(self._current())
+        try:
+            yield
+        finally:
+            self._held = before
 
     def _fresh(self, seed: int) -> dict[str, Factors]:
         """Initial values as peft draws them, with nothing else disturbed."""
@@ -255,9 +278,10 @@ class LoraRounds(TrainableState):
 
     @torch.no_grad()
     def _set_current(self, values: dict[str, Factors]) -> None:
-        for name, change in self._current().items():
-            change.a.copy_(values[name].a)
-            change.b.copy_(values[name].b)
+        sharding.settle(self.model)
+        for name, layer in self._layers.items():
+            _write_factors(layer, self._adapter, values[name])
+        sharding.publish(self.model)
 
     def _trains_passed(self) -> bool:
         """Whether this is the round in which an adapter that the user passed is trained on."""
@@ -280,10 +304,13 @@ class LoraRounds(TrainableState):
         """The weights' coefficients over the history's changes and, last, the adapter's own."""
         current = self._current()
         if _equal(current, self._initial):
-            return list(self._below)
-        if self._trains_passed() and _equal(current, self._bases[0]):
-            return [1.0]
-        return [*self._below, 1.0]
+            vector = list(self._below)
+        elif self._trains_passed() and _equal(current, self._bases[0]):
+            vector = [1.0]
+        else:
+            vector = [*self._below, 1.0]
+        self._terms = max(sum(c != 0 for c in vector), 1)
+        return vector
 
     def _install(self) -> None:
         """Bring the hooks up to date with the history, and put them in place where there is one."""
@@ -317,8 +344,8 @@ class LoraRounds(TrainableState):
         return plain
 
     def _place(self, layer: LoraLayer) -> tuple[torch.device, torch.dtype]:
-        change = _factors_of(layer, self._adapter)
-        return change.a.device, change.a.dtype
+        weight = _weights_of(layer, self._adapter)[0]
+        return weight.device, weight.dtype
 
     def _sum(self, name: str, vector: Sequence[float], device: Any = None, dtype: Any = None) -> Factors | None:
         """`sum_i c_i D_i` of a layer in peft's shapes, or None where it is nothing."""
@@ -327,7 +354,7 @@ class LoraRounds(TrainableState):
         layer = self._layers[name]
         changes = [basis[name] for basis in self._bases]
         if len(vector) > len(changes):
-            changes.append(_factors_of(layer, self._adapter))
+            changes.append(self._current_of(name))
         changes = [Factors(change.a.detach().cpu(), change.b.detach().cpu()) for change in changes]
         scaling = layer.scaling[self._adapter]
         whole = low_rank.concatenate(changes, [c * scaling for c in low_rank.pad(vector, len(changes))])
@@ -337,7 +364,7 @@ class LoraRounds(TrainableState):
 
     @property
     def nbytes(self) -> int:
-        tensors = [tensor for change in self._current().values() for tensor in change]
+        tensors = [weight for layer in self._layers.values() for weight in _weights_of(layer, self._adapter)]
         own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         whole = sum(tensor.numel() * max(tensor.element_size(), 4) for tensor in tensors)
         # The concatenation, and the rounds' own adapters with the initial values beside it; at the end of the run.
@@ -451,13 +478,14 @@ class LoraRounds(TrainableState):
 
     def save(self, folder: Path, write: bool) -> None:
         """A folder that plain peft loads on the original base, with what going on from it takes."""
-        if not write:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._write_adapter(folder)
-        # peft's card tells where the base lies on this machine; kept iterates may be handed on.
-        (folder / "README.md").unlink(missing_ok=True)
-        self.save_state(folder)
+        with self.held():
+            if not write:
+                return
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write_adapter(folder)
+            # peft's card tells where the base lies on this machine; kept iterates may be handed on.
+            (folder / "README.md").unlink(missing_ok=True)
+            self.save_state(folder)
 
     def save_state(self, folder: Path) -> None:
         """The parts apart, in one file: what a resume needs and the concatenation does not tell."""
@@ -507,8 +535,8 @@ class LoraRounds(TrainableState):
         elif REFERENCE_ADAPTER in self.model.peft_config:
             # Of the model that has been passed now, which need not have the adapter that the run began with.
             for name, layer in self._layers.items():
-                for live, value in zip(_factors_of(layer, REFERENCE_ADAPTER), start[name], strict=True):
-                    live.copy_(value)
+                _write_factors(layer, REFERENCE_ADAPTER, start[name])
+            sharding.publish(self.model)
         elif self._has_start:
             # An earlier run of this trainer has dropped TRL's copy of the start.
             self._reference = [1.0]
@@ -595,13 +623,16 @@ class LoraRounds(TrainableState):
     @property
     def largest_rank(self) -> int:
         """The largest rank that a layer of the saved adapter has."""
-        used = max(sum(c != 0 for c in self._vector()), 1)
-        return used * max(layer.r[self._adapter] for layer in self._layers.values())
+        self._vector()
+        return self._terms * max(layer.r[self._adapter] for layer in self._layers.values())
 
     @property
     def rank(self) -> int:
         """The rank of the adapter that is saved, where no pattern says otherwise."""
-        return self._config.r * max(sum(c != 0 for c in self._vector()), 1)
+        # A card is written by one process, which cannot look at sharded weights alone: as they were last seen.
+        if not self.sharded or self._held is not None:
+            self._vector()
+        return self._config.r * self._terms
 
     def _whole(self) -> tuple[dict[str, Factors], LoraConfig]:
         """History and adapter as one: the layers' factors in peft's shapes, and the configuration that fits them."""
@@ -702,6 +733,8 @@ class LoraRounds(TrainableState):
 
     def _resized_embeddings(self) -> dict[str, Tensor]:
         """The base's embeddings where peft saves them beside an adapter: somebody has resized them after loading."""
+        if self._held is not None:
+            return self._held_embeddings
         if self._embeddings is None:
             # Once: peft may ask the Hub for the vocabulary that the base came with.
             stock: dict[str, Tensor] = {}
@@ -709,8 +742,8 @@ class LoraRounds(TrainableState):
                 # Else peft would save them because they are adapted; no base weight has changed.
                 stock = get_peft_model_state_dict(self.model, adapter_name=self._adapter)
             self._embeddings = [name for name in stock if "lora_" not in name]
-        state = self.model.state_dict() if self._embeddings else {}
-        return {name: state[name].cpu() for name in self._embeddings}
+        state = self.model.state_dict(keep_vars=True) if self._embeddings else {}
+        return {name: sharding.whole(state[name]).cpu() for name in self._embeddings}
 
     def _write_merged(self, folder: Path) -> None:
         """The whole model with history and adapter in its weights, in float32, as transformers saves one."""
@@ -869,12 +902,22 @@ def _save_pretrained(self: LoraRounds, save_directory: Any, safe_serialization: 
 
 
 def _factors_of(layer: Any, adapter: str) -> Factors:
-    """The factors of a layer's adapter, as views of its parameters, without the scaling."""
+    """The factors of a layer's adapter, without the scaling: views of its parameters unless those are sharded."""
+    return _canonical(layer, adapter, Factors(*(sharding.whole(weight) for weight in _weights_of(layer, adapter))))
+
+
+def _write_factors(layer: Any, adapter: str, values: Factors) -> None:
+    """Put whole factors into the parameters of a layer's adapter, or into what this process holds of them."""
+    for weight, value in zip(_weights_of(layer, adapter), values, strict=True):
+        # Canonical factors have the parameters' elements in the same order.
+        sharding.write_(weight, value)
+
+
+def _weights_of(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """The parameters of a layer's adapter, A and B."""
     if adapter in layer.lora_embedding_A:
-        shapes = Factors(layer.lora_embedding_A[adapter].detach(), layer.lora_embedding_B[adapter].detach())
-    else:
-        shapes = Factors(layer.lora_A[adapter].weight.detach(), layer.lora_B[adapter].weight.detach())
-    return _canonical(layer, adapter, shapes)
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
 def _groups(layer: Any, adapter: str) -> int:
@@ -890,9 +933,10 @@ def _canonical(layer: Any, adapter: str, shapes: Factors) -> Factors:
 
 def _peft_shapes(layer: Any, adapter: str, change: Factors) -> Factors:
     a, b = change
-    if adapter in layer.lora_embedding_A or layer.lora_A[adapter].weight.dim() == 2:
+    shape = sharding.shape_of(_weights_of(layer, adapter)[0])
+    if adapter in layer.lora_embedding_A or len(shape) == 2:
         return Factors(a[0], b[0])
-    places = layer.lora_A[adapter].weight.shape[1:]
+    places = shape[1:]
     return Factors(a.reshape(-1, *places), b.reshape(-1, b.shape[2], *[1] * (len(places) - 1)))
 
 

@@ -16,12 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import torch
+from accelerate.utils import DistributedType
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from .. import __version__
 from .._compat import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
-from . import checkpoints, durable
+from . import checkpoints, durable, sharding
+from .data import rows_fingerprint
 from .state import STATE_VERSION
 
 
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 else:
     _Parent = object
 
+logger = logging.get_logger(__name__)
+
 # What a user mends by making room or changing rights.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG}
 
@@ -38,6 +44,19 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFB
 def asked_for(plugin: str) -> bool:
     """Whether `accelerate launch` was told to use a plugin."""
     return os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("1", "true", "yes", "on")
+
+
+def fsdp_version(config: Any) -> int | None:
+    """Which FSDP is asked for, by the training arguments or by `accelerate launch`; None if none is."""
+    version = (getattr(config, "fsdp_plugin_args", None) or {}).get("fsdp_version")
+    if version is None and asked_for("FSDP"):
+        version = os.environ.get("FSDP_VERSION", "1")
+    return None if version is None else int(version)
+
+
+def asks_for_deepspeed(config: Any) -> bool:
+    """Whether the arguments or `accelerate launch` ask for DeepSpeed."""
+    return bool(config.deepspeed or getattr(config, "deepspeed_plugin", None) is not None or asked_for("DEEPSPEED"))
 
 
 class NonFiniteError(RuntimeError):
@@ -127,6 +146,14 @@ class WholeCheckpoints(_Parent):
 
     def _begin(self, checkpoint: Path | None) -> None:
         """The checkpoint to go on from is settled, and upstream has not begun."""
+        if fsdp_version(self.args) is not None and self.accelerator.distributed_type != DistributedType.FSDP:
+            logger.warning(
+                "FSDP is asked for, but accelerate runs "
+                f"{self.accelerator.distributed_type.value} instead, without a word, as it does where there is no "
+                "GPU: every process holds the whole model."
+            )
+        if sharding.several_processes() and isinstance(self.train_dataset, datasets.Dataset):
+            sharding.agree("`train_dataset`", rows_fingerprint(self.train_dataset), "how it is loaded")
 
     def train(
         self,

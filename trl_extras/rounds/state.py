@@ -18,7 +18,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +31,7 @@ from transformers.utils import logging
 from .. import state_dicts
 from ..errors import ConfigurationError
 from ..tensor_files import WeightsFolder
-from . import durable
+from . import durable, sharding
 
 
 ROUNDS_DIR = "_rounds"
@@ -56,10 +56,29 @@ class TrainableState(ABC):
     All processes call every method; only those with `write=True` write.
     """
 
+    model: Any
+
     @property
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes that one saved copy takes on disk."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether processes hold parts of the weights."""
+        return sharding.is_sharded(self.model)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """
+        Inside, every process can run the model by itself, without the others. All enter and leave it together, and
+        nothing inside writes weights.
+        """
+        return sharding.gathered(self.model)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, a process may save the weights by itself. All enter and leave it together."""
+        yield
 
     @abstractmethod
     def save(self, folder: Path, write: bool) -> None:
@@ -152,11 +171,19 @@ def one_thread(function: _Function) -> _Function:
     return wrapped  # type: ignore[return-value]
 
 
-def _pieces(tensor: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """A contiguous tensor as flat pieces, each with its place: views, so that writing to them writes to it."""
-    flat = tensor.detach().view(-1)
-    for start in range(0, len(flat), _PIECE):
-        yield slice(start, start + _PIECE), flat[start : start + _PIECE]
+def _pieces(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """
+    What this process holds of a contiguous weight as flat pieces, each with its place in the whole: views, so that
+    writing to them writes to it.
+    """
+    start, flat, _ = sharding.part_of(weight)
+    for offset in range(0, len(flat), _PIECE):
+        yield start + offset, flat[offset : offset + _PIECE]
+
+
+def _size_of(weight: Tensor) -> int:
+    """Bytes that the whole weight takes on disk."""
+    return sharding.shape_of(weight).numel() * sharding.dtype_of(weight).itemsize
 
 
 def base_fingerprint(model: torch.nn.Module) -> str:
@@ -169,8 +196,8 @@ def base_fingerprint(model: torch.nn.Module) -> str:
         if parameter.requires_grad or any(part in name for part in _ADAPTER_PARTS):
             continue
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
+        digest.update(f"{name}:{parameter.dtype}:{tuple(sharding.shape_of(parameter))}".encode())
+        flat = sharding.whole(parameter).reshape(-1)
         # Strides that are multiples of a row would look at one column alone.
         places = torch.arange(min(_SAMPLED, len(flat)), device=flat.device) * _PRIME % max(len(flat), 1)
         digest.update(flat[places].cpu().view(torch.uint8).numpy().data)
@@ -178,7 +205,10 @@ def base_fingerprint(model: torch.nn.Module) -> str:
 
 
 class FullWeights(TrainableState):
-    """All parameters of an unsharded model; every process holds them all."""
+    """
+    All parameters of a model, of which every process holds all, or, where they are sharded, its part. On disk they are
+    one whole model in either case.
+    """
 
     def __init__(self, model: torch.nn.Module):
         self.model = model
@@ -187,6 +217,7 @@ class FullWeights(TrainableState):
             parameter.data = parameter.data.contiguous()
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        sharding.settle(self.model)
         # named_parameters yields tied weights once, under the name that save_pretrained keeps.
         yield from self.model.named_parameters()
 
@@ -196,53 +227,118 @@ class FullWeights(TrainableState):
 
     @property
     def nbytes(self) -> int:
-        return sum(p.numel() * p.element_size() for _, p in self._parameters())
+        return sum(_size_of(p) for _, p in self._parameters())
 
     def save(self, folder: Path, write: bool) -> None:
-        if not write:
-            return
+        if self.sharded:
+            self._save_shards(folder, write)
+        elif write:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _no_progress_bars():
+                # In memory's own names: some architectures are saved under older ones, which could not be read back by
+                # name.
+                self.model.save_pretrained(folder, save_original_format=False)
+        if write:
+            saved = WeightsFolder(folder)
+            for name, _ in self._parameters():
+                if name not in saved:
+                    raise ValueError(
+                        f"{type(self.model).__name__} is not saved under the names it has in memory ({name!r} is "
+                        "missing), so its rounds could not be read back."
+                    )
+
+    def _save_shards(self, folder: Path, write: bool) -> None:
+        """
+        One file a process, in the layout of a model that is saved in several files: the weights are gathered one after
+        another, and each is kept by the process whose file it goes into.
+        """
+        world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        names = [f"model-{number + 1:05d}-of-{world:05d}.safetensors" for number in range(world)]
+        mine: dict[str, Tensor] = {}
+        places: dict[str, str] = {}
+        held = [0] * world
+        total = 0
+        for name, weight in self._saved():
+            size = _size_of(weight)
+            owner = held.index(min(held))
+            held[owner] += size
+            total += size
+            places[name] = names[owner]
+            values = sharding.whole(weight)
+            if owner == rank:
+                mine[name] = values.detach().cpu().contiguous().clone()
+            del values
         folder.mkdir(parents=True, exist_ok=True)
-        with _no_progress_bars():
-            # In memory's own names: some architectures are saved under older ones, which could not be read back by
-            # name.
-            self.model.save_pretrained(folder, save_original_format=False)  # type: ignore[operator]
-        saved = WeightsFolder(folder)
-        for name, _ in self._parameters():
-            if name not in saved:
-                raise ValueError(
-                    f"{type(self.model).__name__} is not saved under the names it has in memory ({name!r} is "
-                    "missing), "
-                    "so its rounds could not be read back."
-                )
+        save_file(mine, folder / names[rank], metadata={"format": "pt"})
+        durable.sync(folder / names[rank])
+        sharding.of_all(None)
+        if write:
+            index = {"metadata": {"total_size": total}, "weight_map": {name: places[name] for name in sorted(places)}}
+            durable.write_json(folder / "model.safetensors.index.json", index)
+            self._save_configuration(folder)
+
+    def _saved(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters, and the buffers that belong to a saved model."""
+        parameters = dict(self._parameters())
+        yield from parameters.items()
+        state = self.model.state_dict()
+        yield from ((name, buffer) for name, buffer in self.model.named_buffers() if name in state)
+
+    def _save_configuration(self, folder: Path) -> None:
+        model: Any = self.model
+        config = copy.deepcopy(model.config)
+        # FSDP2 gives a model a class of its own.
+        config.architectures = [type(model).__name__.removeprefix("FSDP")]
+        config.dtype = next(sharding.dtype_of(weight) for weight in model.parameters())
+        config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
         self.load_into(self.model, folder)
 
     @torch.no_grad()
     def load_into(self, reference: torch.nn.Module, folder: Path) -> None:
-        saved = WeightsFolder(folder)
+        saved, masters = WeightsFolder(folder), sharding.has_masters(self.model)
+        sharding.settle(reference)
         for name, target in [*reference.named_parameters(), *reference.named_buffers()]:
             # Buffers that are not saved are derived from the configuration.
             if name in saved:
-                for piece, flat in _pieces(target):
-                    flat.copy_(saved.piece(name, piece.start, len(flat), target.dtype))
+                # Masters are saved in their precision; a reference has what the model computes with.
+                dtype = saved.dtype(name) if masters else target.dtype
+                for start, flat in _pieces(target):
+                    flat.copy_(saved.piece(name, start, len(flat), dtype))
+        sharding.publish(reference)
 
     @torch.no_grad()
     def copy_to(self, reference: torch.nn.Module) -> None:
-        source = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        sharding.settle(reference)
+        source = dict(self._parameters()) | dict(self.model.named_buffers())
         for name, target in [*reference.named_parameters(), *reference.named_buffers()]:
-            target.copy_(source[name])
+            here, there = sharding.visible_part_of(source[name]), sharding.visible_part_of(target)
+            if (here.start, len(here.flat)) != (there.start, len(there.flat)):
+                raise ValueError(f"{name!r} is sharded in another way in the reference model than in the policy.")
+            there.flat.copy_(here.flat)
+        sharding.publish(reference)
 
     def fingerprint(self) -> str:
         digest = xxhash.xxh3_128()
         for name, parameter in self._parameters():
-            digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)}".encode())
-            if parameter.numel():
-                digest.update(parameter.detach().cpu().view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+            digest.update(f"{name}:{sharding.dtype_of(parameter)}:{tuple(sharding.shape_of(parameter))}".encode())
+            part = sharding.part_of(parameter)
+            if len(part.flat):
+                digest.update(part.flat.cpu().view(torch.uint8).numpy().data)
+        if not self.sharded:
+            return digest.hexdigest()
+        # Of all parts, in order: the same on every process.
+        return xxhash.xxh3_128_hexdigest(" ".join(sharding.of_all(digest.hexdigest())).encode())
 
     @one_thread
     def non_finite(self) -> str | None:
+        found = self._first_non_finite()
+        return next((name for name in sharding.of_all(found) if name), None) if self.sharded else found
+
+    def _first_non_finite(self) -> str | None:
         for name, parameter in self._parameters():
             # A sum of squares is finite only if every element is; one that overflows is looked at again.
             for _, flat in _pieces(parameter) if parameter.is_floating_point() else ():
@@ -254,11 +350,12 @@ class FullWeights(TrainableState):
     def extrapolate(self, previous: Path, alpha: float) -> None:
         saved = WeightsFolder(previous)
         for name, parameter in self._trained():
-            for piece, flat in _pieces(parameter):
+            for start, flat in _pieces(parameter):
                 try:
-                    state_dicts.extrapolate_(flat, saved.piece(name, piece.start, len(flat), parameter.dtype), alpha)
+                    state_dicts.extrapolate_(flat, saved.piece(name, start, len(flat), flat.dtype), alpha)
                 except ValueError as error:
                     raise ValueError(f"{name!r}: {error}") from None
+        sharding.publish(self.model)
 
     @one_thread
     @torch.no_grad()
@@ -267,11 +364,14 @@ class FullWeights(TrainableState):
         before = None if previous_policy is None else WeightsFolder(previous_policy)
         update = momentum = previous = product = 0.0
         buffers = torch.empty(3, _PIECE)
+        sharded = self.sharded
         for name, parameter in self._trained():
-            for piece, flat in _pieces(parameter):
+            if sharded and not sharding.part_of(parameter).counts:
+                continue
+            for start, flat in _pieces(parameter):
                 # float32 differences and sums of a piece, summed over the pieces in float64; on the CPU, where the
                 # saved weights are, so that the accelerator neither waits nor needs memory.
-                where = (piece.start, len(flat), parameter.dtype)
+                where = (start, len(flat), flat.dtype)
                 now, was, hat = flat.cpu().float(), theta.piece(name, *where), thetahat.piece(name, *where)
                 moved, from_hat, moved_before = buffers[:, : len(flat)]
                 torch.sub(now, was, out=moved)
@@ -283,6 +383,9 @@ class FullWeights(TrainableState):
                     torch.sub(hat.float(), before.piece(name, *where), out=moved_before)
                     previous += torch.dot(moved_before, moved_before).item()
                     product += torch.dot(moved, moved_before).item()
+        if sharded:
+            sums = zip(*sharding.of_all((update, momentum, previous, product)), strict=True)
+            update, momentum, previous, product = (math.fsum(values) for values in sums)
         return {
             "update_norm": math.sqrt(update),
             "momentum_norm": math.sqrt(momentum if policy != iterate else update),
@@ -305,7 +408,8 @@ class AdapterWeights(FullWeights):
                 "of them active."
             )
         self._adapter = str(active[0])
-        self._below: str | None = None
+        # Where it is loaded to save memory, the other processes have nothing in it yet.
+        self._below = sharding.of_main(base_fingerprint(model))
         trained = {p.data_ptr() for p in model.parameters() if p.requires_grad}
         if trained - {tensor.data_ptr() for _, tensor in self._parameters()}:
             raise ConfigurationError(
@@ -316,28 +420,29 @@ class AdapterWeights(FullWeights):
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
         from peft import get_peft_model_state_dict
 
-        # Tensors that share their memory with the live ones.
-        state = get_peft_model_state_dict(self.model, adapter_name=self._adapter, save_embedding_layers=False)
+        sharding.settle(self.model)
+        # The parameters themselves.
+        state = get_peft_model_state_dict(
+            self.model, self.model.state_dict(keep_vars=True), self._adapter, save_embedding_layers=False
+        )
         yield from state.items()
 
     def _trained(self) -> Iterator[tuple[str, Tensor]]:
         yield from self._parameters()
 
     def save(self, folder: Path, write: bool) -> None:
+        # Not by the model's own method: that gives an adapter of another name than peft's default a folder of its own.
+        state = {name: sharding.whole(tensor).cpu().contiguous().clone() for name, tensor in self._parameters()}
         if not write:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        # Not by the model's own method: that gives an adapter of another name than peft's default a folder of its own.
-        state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in self._parameters()}
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config: Any = copy.deepcopy(self.model.peft_config[self._adapter])  # type: ignore[index]
+        config: Any = copy.deepcopy(self.model.peft_config[self._adapter])
         config.inference_mode = True
         config.save_pretrained(str(folder))
 
     @property
     def base(self) -> str:
-        if self._below is None:
-            self._below = base_fingerprint(self.model)
         return self._below
 
     def fingerprint(self) -> str:
@@ -348,8 +453,9 @@ class AdapterWeights(FullWeights):
     def load(self, folder: Path) -> None:
         saved = WeightsFolder(folder)
         for name, target in self._parameters():
-            for piece, flat in _pieces(target):
-                flat.copy_(saved.piece(name, piece.start, len(flat), target.dtype))
+            for start, flat in _pieces(target):
+                flat.copy_(saved.piece(name, start, len(flat), flat.dtype))
+        sharding.publish(self.model)
 
 
 @contextmanager

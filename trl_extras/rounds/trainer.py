@@ -17,13 +17,12 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import torch
 import xxhash
 from accelerate.utils import is_peft_model
@@ -31,12 +30,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
-from .. import __version__
+from .. import __version__, sizing
 from ..errors import ConfigurationError
-from . import checkpoints, durable
-from .data import RoundDataBuilder, RoundDataset, group_keys, split_folds
+from . import checkpoints, durable, zero
+from .data import RoundDataBuilder, RoundDataset, group_keys, rows_fingerprint, split_folds
 from .plan import RoundPlan, restarting
-from .saving import NonFiniteError, WholeCheckpoints, asked_for
+from .saving import NonFiniteError, WholeCheckpoints, asked_for, fsdp_version
 from .state import ROUNDS_DIR, STATE_VERSION, AdapterWeights, FullWeights, RoundFolder, TrainableState
 
 
@@ -141,8 +140,6 @@ class RoundsTrainer(WholeCheckpoints):
             self._refuse_foreign_rounds(config)
         self._check_resume(config)
         super().__init__(**self._complete_arguments(given))
-        if self._multi_round and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ConfigurationError(f"Sharded weights do not work with {self._what_rounds()} so far: use DDP.")
         if self._keeps_rounds:
             try:
                 self._weights = self._make_weights(given)
@@ -201,13 +198,7 @@ class RoundsTrainer(WholeCheckpoints):
         """What was passed to the constructor that rounds cannot work with yet, each with the reason."""
         found: list[tuple[str, str]] = []
         found.extend(self._unsupported_adapters(given, config))
-        # `accelerate launch` tells of its configuration in the environment alone until the trainer is made.
-        if config.deepspeed or getattr(config, "deepspeed_plugin", None) is not None or asked_for("DEEPSPEED"):
-            found.append(("DeepSpeed", "rounds need every weight on every process so far. Use DDP."))
-        if config.fsdp or asked_for("FSDP") or asked_for("MEGATRON_LM"):
-            found.append(("FSDP", "rounds need every weight on every process so far. Use DDP."))
-        if getattr(config, "parallelism_config", None) is not None:
-            found.append(("`parallelism_config`", "rounds need every weight on every process so far. Use DDP."))
+        found.extend(self._unsupported_shards(config))
         if isinstance(given.get("train_dataset"), datasets.IterableDataset):
             found.append(
                 (
@@ -229,6 +220,21 @@ class RoundsTrainer(WholeCheckpoints):
             )
         found.extend(self._unsupported_callbacks(given.get("callbacks") or []))
         return found
+
+    @staticmethod
+    def _unsupported_shards(config: Any) -> Iterator[tuple[str, str]]:
+        """Ways to divide a model that rounds do not know."""
+        plugin = getattr(config, "deepspeed_plugin", None)
+        if plugin is not None:
+            yield from zero.why_not(plugin.hf_ds_config.config)
+        elif config.deepspeed or asked_for("DEEPSPEED"):
+            yield "DeepSpeed without a configuration", "rounds have to know it. Pass `deepspeed` a file or a dict."
+        if asked_for("MEGATRON_LM"):
+            yield "Megatron-LM", "rounds do not know how it divides weights. Use FSDP2 or DDP."
+        if fsdp_version(config) == 1:
+            yield "FSDP1", "its flattened weights are not those of the model. Use FSDP2 (`fsdp_version: 2`)."
+        if getattr(config, "parallelism_config", None) is not None:
+            yield "`parallelism_config`", "rounds have been made to work with whole sequences and rows. Use FSDP2."
 
     def _unsupported_adapters(self, given: dict[str, Any], config: Any) -> Iterator[tuple[str, str]]:
         model, peft_config = given.get("model"), given.get("peft_config")
@@ -426,10 +432,19 @@ class RoundsTrainer(WholeCheckpoints):
 
         def build(folder: RoundFolder) -> tuple[Any, dict[str, Any]]:
             policy = self.accelerator.unwrap_model(self.model)
-            built = builder(round_index=round_index, policy=policy, seed=self._round_seed(round_index))
+            with self._gathered():
+                built = builder(round_index=round_index, policy=policy, seed=self._round_seed(round_index))
             return self._prepare_built(built, round_index), {}
 
         return build
+
+    def _gathered(self) -> AbstractContextManager[None]:
+        """Every process holds the whole policy; all of them enter and leave together."""
+        return nullcontext() if self._weights is None else self._weights.gathered()
+
+    def _held(self) -> AbstractContextManager[None]:
+        """The main process may save by itself; all of them enter and leave together."""
+        return nullcontext() if self._weights is None else self._weights.held()
 
     def _measure_iterate(self, round_index: int, summary: dict[str, Any]) -> None:
         """Add to a round's row what the method measures while the live weights are the round's iterate."""
@@ -640,6 +655,8 @@ class RoundsTrainer(WholeCheckpoints):
             self._initial_groups = [
                 copy.deepcopy({key: value for key, value in group.items() if key != "params"})
                 for group in optimizer.param_groups
+                # DeepSpeed drops a group that has nothing in it.
+                if group["params"] or not self.is_deepspeed_enabled
             ]
         return optimizer
 
@@ -665,7 +682,7 @@ class RoundsTrainer(WholeCheckpoints):
     def _reset_optimizer(self) -> None:
         """The optimiser as it was before the first step, at the learning rate of the current step."""
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-        optimizer.state.clear()
+        zero.reset_state(optimizer)
         for group, initial in zip(optimizer.param_groups, self._initial_groups, strict=True):
             group.update(copy.deepcopy(initial))
         # LambdaLR writes rates only in step(). After the end of a shorter plan the checkpoint's last rate is that
@@ -681,6 +698,10 @@ class RoundsTrainer(WholeCheckpoints):
     def _on_train_begin(self) -> None:
         assert self._plan is not None
         self._run_started, self._run_started_step = time.monotonic(), self.state.global_step
+        assert self._weights is not None
+        if self.is_deepspeed_enabled and self._resumed_from and self._weights.holds_state(self._resumed_from):
+            # DeepSpeed loads its checkpoints itself, which hold the adapter and not what lies below it.
+            self._weights.load(self._resumed_from)
         self._log_disk_use()
         step = self.state.global_step
         round_index = self._plan.starts_at(step)
@@ -722,7 +743,7 @@ class RoundsTrainer(WholeCheckpoints):
         if self.args.keep_iterates:
             self._keep_final_iterate(last + 1)
         self._finish_policy()
-        if self.args.should_save and self._planned_checkpoints():
+        if self.args.should_save and any(True for _ in self._saving().checkpoint_steps()):
             # The last checkpoint wrote the card before its round was over.
             self._write_card(self._output_dir)
 
@@ -1159,44 +1180,43 @@ class RoundsTrainer(WholeCheckpoints):
         """Say what the run will need on disk before it needs it."""
         assert self._weights is not None
         assert self._plan is not None
-        if not self.is_world_process_zero():
-            return
-        copy_bytes = self._weights.nbytes
-        # At a boundary: iterate and policy of the old round and of the new one, and the policy before those.
-        rounds = copy_bytes * (5 if self._multi_round else 1)
-        kept = copy_bytes * self._plan.num_rounds if self.args.keep_iterates else 0
-        count = self._planned_checkpoints()
-        # Weights and, for Adam, two moments in the weights' dtype; what is linked keeps up to three more copies alive.
-        each = copy_bytes * (3 if not self.args.save_only_model else 1) + (
-            3 * copy_bytes if self._multi_round else copy_bytes
+        # The same formula as `--plan`, with every copy as large as the largest.
+        trained = sum(
+            getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.model.parameters() if p.requires_grad
         )
-        total = rounds + kept + count * each
+        files = sizing.full_files(self._weights.nbytes, self._plan.num_rounds, optimizer=2 * trained)
+        use = sizing.disk(files, self._saving())
         target = next(path for path in [self._output_dir, *self._output_dir.parents] if path.is_dir())
         free = shutil.disk_usage(target).free
-        message = (
-            f"disk: at most {total / 1e9:.2f} GB ({rounds / 1e9:.2f} for the rounds, {kept / 1e9:.2f} for kept "
-            "iterates, "
-            f"{count} checkpoints at a time of up to {each / 1e9:.2f}); {free / 1e9:.2f} GB are free."
-        )
-        if total > free:
+        parts = ", ".join(f"{size / 1e9:.2f} for the {part}" for part, size in use.parts.items())
+        message = f"disk: at most {use.peak / 1e9:.2f} GB ({parts}); {free / 1e9:.2f} GB are free."
+        if use.peak > free:
             logger.warning(f"{message} This may not be enough: lower `save_total_limit` or use another `output_dir`.")
         else:
             self._say(message)
 
-    def _planned_checkpoints(self) -> int:
+    def _saving(self) -> sizing.Saving:
+        """What the run saves, and when."""
         assert self._plan is not None
-        strategy = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))
-        if strategy == "no":
-            return 0
-        if strategy == "epoch":
-            count = self._plan.total_epochs
-        elif strategy == "steps":
-            count = math.ceil(self._plan.total_steps / max(self.state.save_steps, 1)) + 1
-        else:
-            count = 2
-        limit = self.args.save_total_limit
-        # One more than the limit while a new one is complete and the oldest not yet gone.
-        return min(count, limit + 1) if limit and limit > 0 else count
+        args, plan = self.args, self._plan
+        strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
+        epochs, steps = plan.epochs, plan.steps_per_epoch
+        if not self._multi_round and strategy == "epoch":
+            # The plan of one round has no epochs.
+            epochs = (max(math.ceil(args.num_train_epochs), 1),)
+            steps = math.ceil(plan.total_steps / epochs[0])
+        # Whether the method steps from an iterate to another policy.
+        moves = type(self)._transition is not RoundsTrainer._transition
+        return sizing.Saving(
+            epochs=epochs,
+            steps_per_epoch=steps,
+            changes=tuple(moves and t > 0 for t in range(plan.num_rounds)),
+            strategy=strategy,
+            save_steps=max(int(self.state.save_steps or 1), 1),
+            limit=args.save_total_limit,
+            only_model=args.save_only_model,
+            keep_iterates=args.keep_iterates,
+        )
 
     # ---- Guards and checkpoints ----
 
@@ -1211,6 +1231,14 @@ class RoundsTrainer(WholeCheckpoints):
                 f"{self._where(round_index)}: {name} holds a nan or an infinity. Training stops, and nothing of this "
                 "state is saved; the last whole checkpoint is good. Lower the learning rate."
             )
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        with self._held():
+            super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with self._held():
+            super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -1254,15 +1282,3 @@ def _no_dataset_bars() -> Iterator[None]:
         yield
     finally:
         datasets.enable_progress_bars()
-
-
-def rows_fingerprint(rows: Any) -> str:
-    """A hash of a `datasets.Dataset`'s content, the same in every process and run."""
-    digest = xxhash.xxh3_128()
-    for table in rows.with_format("arrow").iter(batch_size=2000):
-        sink = pa.BufferOutputStream()
-        table = table.select(sorted(table.column_names)).combine_chunks().replace_schema_metadata(None)
-        with pa.ipc.new_stream(sink, table.schema) as stream:
-            stream.write_table(table)
-        digest.update(sink.getvalue())
-    return digest.hexdigest()

@@ -38,6 +38,8 @@ def restore_(weights: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
 
 def _norm(tensors: Sequence[Tensor | None]) -> float:
     norms = [torch.linalg.vector_norm(tensor.detach().float()) for tensor in tensors if tensor is not None]
+    # Of a weight whose parts lie on several processes.
+    norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
     return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
 

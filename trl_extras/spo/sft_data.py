@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .. import named_data
 from ..errors import ConfigurationError
-from ..rounds.trainer import rows_fingerprint
+from ..rounds.data import rows_fingerprint
 
 
 logger = logging.get_logger(__name__)

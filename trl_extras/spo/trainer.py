@@ -25,11 +25,13 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import TrainerCallback
 from transformers.utils import logging
 from trl import DPOTrainer
 
 from ..errors import ConfigurationError
-from ..rounds.saving import WholeCheckpoints, asked_for
+from ..rounds import sharding
+from ..rounds.saving import WholeCheckpoints, asked_for, fsdp_version
 from . import inner, losses, objective
 from .config import OWN_LOSSES, SPOConfig
 from .floor import Floor, model_fingerprint
@@ -77,6 +79,17 @@ class _Window:
         self.references: dict[int, tuple[Tensor, Tensor]] = {}
         # By micro-batch: the SFT rows on the device, where they have been used already.
         self.sft: dict[int, dict[str, Tensor]] = {}
+
+
+class _FloorAtStart(TrainerCallback):
+    """Computes the floor of the SFT dataset when the model has been sharded, before it is trained."""
+
+    def __init__(self, trainer: SPOTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._spo_floor is None:
+            self.trainer._spo_floor = self.trainer._initial_floor()
 
 
 class SPOTrainer(WholeCheckpoints, DPOTrainer):
@@ -139,6 +152,8 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
         self._spo_warned = False
         self._spo_rows: SFTRows | None = None
         self._spo_floor: Floor | None = None
+        # Where the floor is the initial model's: of which rows under which model.
+        self._spo_floor_key: str | None = None
         # None where the rows are no named dataset's.
         self.sft_dataset_name: str | None = config.sft_dataset_name if sft_dataset is None else None
         rows = load_rows(sft_dataset, config)
@@ -158,7 +173,15 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
         if config.bilevel_solver != "penalty":
             self._check_precision()
         if self._spo_rows is not None and config.optimum is None:
-            self._spo_floor = self._initial_floor(self._spo_rows)
+            model = self.accelerator.unwrap_model(self.model)
+            key = model_fingerprint(model, str(self.accelerator.mixed_precision))
+            # Where it is loaded to save memory, the other processes have nothing in it yet.
+            self._spo_floor_key = f"{sharding.of_main(key)} {self._spo_rows.fingerprint}"
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                # In front, so that the model is still the one that was handed in.
+                self.callback_handler.callbacks.insert(0, _FloorAtStart(self))
+            else:
+                self._spo_floor = self._initial_floor()
         if config.is_reference_free:
             self._release_reference()
 
@@ -206,16 +229,12 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
         sharded = None
         if config.deepspeed or getattr(config, "deepspeed_plugin", None) is not None or asked_for("DEEPSPEED"):
             sharded = "DeepSpeed"
-        elif config.fsdp or asked_for("FSDP") or asked_for("MEGATRON_LM"):
-            sharded = "FSDP"
+        elif fsdp_version(config) == 1 or asked_for("MEGATRON_LM"):
+            sharded = "FSDP1" if fsdp_version(config) == 1 else "Megatron-LM"
         if sharded and inside:
             raise ConfigurationError(
-                f"{solver} moves whole weights in place, but {sharded} keeps them in shards: use DDP, or 'penalty'."
-            )
-        if sharded and "sft" in self._spo_sources and config.optimum is None:
-            raise ConfigurationError(
-                f"`sft_optimum='reference'` of an SFT dataset is computed before training, with whole weights, but "
-                f"{sharded} keeps them in shards: use DDP, or give `sft_optimum` as a number."
+                f"{solver} moves whole weights in place, but {sharded} keeps them in shards of its own: use DDP or "
+                "FSDP2, or 'penalty'."
             )
         quantized = given.get("quantization_config") is not None or getattr(given.get("model"), "is_quantized", False)
         if quantized and inside:
@@ -260,36 +279,43 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
 
     # ---- The floor of the SFT dataset: the initial model's values, once ----
 
-    def _initial_floor(self, rows: SFTRows) -> Floor:
+    def _initial_floor(self) -> Floor:
         """
         nll* of every SFT row under the model as it was handed in; from disk where a run in this folder has computed it
         for the same model and rows.
         """
-        model = self.accelerator.unwrap_model(self.model)
-        key = f"{model_fingerprint(model, str(self.accelerator.mixed_precision))} {rows.fingerprint}"
+        rows, key = self._spo_rows, self._spo_floor_key
+        assert rows is not None
+        assert key is not None
         found = self._from_main(lambda: Floor.read(self._floor_path(self._output_dir)))
         if found is not None and found.key == key and len(found.nll) == len(rows):
             return found
         size = self.args.per_device_eval_batch_size
         batches = [list(range(start, min(start + size, len(rows)))) for start in range(0, len(rows), size)]
-        mine = range(self.accelerator.process_index, len(batches), self.accelerator.num_processes)
+        mine = list(range(self.accelerator.process_index, len(batches), self.accelerator.num_processes))
+        # Processes that hold parts of the model run it together, equally often.
+        spare = -(-len(batches) // self.accelerator.num_processes) - len(mine) if self._is_sharded() else 0
         values: list[tuple[int, list[float]]] = []
         bar = tqdm(
-            mine,
+            mine + [0] * spare,
             desc="The SFT rows' likelihood under the initial model",
             disable=self.args.disable_tqdm or not self.is_world_process_zero(),
         )
         with self._evaluating():
-            for number in bar:
+            for turn, number in enumerate(bar):
                 with torch.no_grad(), self.accelerator.autocast():
                     batch = self._on_device(rows.batch(batches[number]))
                     log_probs, tokens = self._sft_log_probs(self.model, batch)
-                values.append((number, objective.nll_per_token(log_probs, tokens).float().tolist()))
+                if turn < len(mine):
+                    values.append((number, objective.nll_per_token(log_probs, tokens).float().tolist()))
         if self.accelerator.num_processes > 1:
             values = gather_object(values)
         floor = Floor(key, torch.tensor([value for _, part in sorted(values) for value in part]))
         self._write_floor(floor)
         return floor
+
+    def _is_sharded(self) -> bool:
+        return sharding.is_sharded(self.accelerator.unwrap_model(self.model))
 
     def _from_main(self, read: Callable[[], Floor | None]) -> Floor | None:
         """What the main process reads, on all of them: their disks need not show the same."""
@@ -313,6 +339,8 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
     def _begin(self, checkpoint: Path | None) -> None:
         super()._begin(checkpoint)
         self._spo_warned = False
+        if self._spo_rows is not None:
+            sharding.agree("`sft_dataset`", self._spo_rows.fingerprint, "how it is loaded")
         if checkpoint is None:
             return
         before = (self._checkpoint_manifest(checkpoint) or {}).get("sft_rows")
@@ -324,6 +352,12 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
                 )
             return
         if before is None:
+            if self._spo_floor_key is not None and self._spo_floor is None:
+                raise ConfigurationError(
+                    f"{checkpoint.name} was written without an SFT dataset, and a floor of one cannot be had from "
+                    "the model handed in, of which processes hold parts once training has begun: give `sft_optimum` "
+                    "as a number."
+                )
             self._say(
                 f"{checkpoint.name} was written without an SFT dataset: its floor is that of the model handed in now."
             )
@@ -333,7 +367,7 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
                 "`sft_dataset` does not hold the rows of the run that is resumed: pass those, or begin anew in "
                 "another `output_dir`."
             )
-        if self._spo_floor is None:
+        if self._spo_floor_key is None:
             return
         found = self._from_main(lambda: Floor.read(self._floor_path(checkpoint)))
         if found is None or len(found.nll) != len(self._spo_rows):
@@ -342,7 +376,7 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
                 "`sft_optimum`?), and the model handed in now need not be the one that the run began with: give that "
                 "number again, or begin anew in another `output_dir`."
             )
-        if found.key != self._spo_floor.key:
+        if found.key != self._spo_floor_key:
             # The model that a run goes on with need not be the one it began with, but the floor is that one's.
             self._say("The floor of the SFT dataset is that of the run's initial model, from the checkpoint.")
         self._spo_floor = found
@@ -484,6 +518,11 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
     def _sft_reference(self, indices: list[int], tokens: Tensor) -> Tensor | None:
         """Log-probabilities of SFT rows under the initial model, (N,), or None where the floor is a number."""
         if self._spo_floor is None:
+            if self._spo_floor_key is not None:
+                raise ConfigurationError(
+                    "The floor of the SFT dataset is computed when training begins, where processes hold parts of the "
+                    "model: call `evaluate` after `train`."
+                )
             return None
         return -self._spo_floor.nll[indices].to(tokens.device) * tokens
 
@@ -617,6 +656,7 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
             inner.restore_(self._inner_weights(), window.saved)
 
     def _inner_weights(self) -> list[Tensor]:
+        sharding.settle(self.model)
         return [weight for weight in self.model.parameters() if weight.requires_grad]
 
     def _begin_window(self, model: Any, window: _Window) -> None:
@@ -672,6 +712,8 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
         plain = self.accelerator.unwrap_model(model)
         with self._fork_of_random_numbers():
             total = self._lower_tokens(window)
+            if self._is_sharded():
+                return self._lower_gradient_of_shards(plain, window, weights, total)
             gradients: list[Tensor | None] = [None] * len(weights)
             for position in range(len(window.batches)):
                 for batch in self._lower_batches(window, position):
@@ -689,6 +731,30 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
                 for weight, gradient in zip(weights, gradients, strict=True)
             ]
         return gradients
+
+    def _lower_gradient_of_shards(
+        self, model: Any, window: _Window, weights: list[Tensor], total: Tensor
+    ) -> list[Tensor | None]:
+        """As above, with FSDP2: its hooks add up gradients and divide them, and only a plain backward runs them."""
+        before = [weight.grad for weight in weights]
+        for weight in weights:
+            weight.grad = None
+        # Upstream switches it off for all but the last micro-batch of an optimizer step.
+        model.set_requires_gradient_sync(True)
+        try:
+            for position in range(len(window.batches)):
+                for batch in self._lower_batches(window, position):
+                    with self.compute_loss_context_manager():
+                        log_probs, _ = self._sft_log_probs(model, batch)
+                    # It takes the mean over processes.
+                    (-log_probs.sum() / total * self.accelerator.num_processes).backward()
+            return [weight.grad for weight in weights]
+        finally:
+            for weight, gradient in zip(weights, before, strict=True):
+                weight.grad = gradient
+            last = window.position >= len(window.batches) - 1
+            model.set_requires_gradient_sync(last)
+            sharding.settle(model)
 
     def _lower_tokens(self, window: _Window) -> Tensor:
         count = sum(

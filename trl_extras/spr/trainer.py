@@ -39,8 +39,8 @@ from ..rollouts.config import EXTERNAL
 from ..rollouts.judges import Rewards
 from ..rollouts.sampling import batch_seed
 from ..rollouts.trainer import RolloutsTrainer, _Task, is_prompts
+from ..rounds.data import rows_fingerprint
 from ..rounds.state import RoundFolder
-from ..rounds.trainer import rows_fingerprint
 from .config import SPRConfig
 from .offline import REWARD, TRAINING_SET, Responses, each_once, has_responses, prompts_of, read_responses, without
 from .phases import PhaseMemory
@@ -486,7 +486,9 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
     def _policy_away(self, judge: Rewards) -> Iterator[None]:
         """While a reward model is on the accelerator, the policy is not."""
         device = self.accelerator.device
-        if device.type == "cpu" or not any(reward.has_model for reward in judge.rewards):
+        sharded = self._weights is not None and self._weights.sharded
+        if device.type == "cpu" or sharded or not any(reward.has_model for reward in judge.rewards):
+            # A shard takes little room, and not every process need be here.
             yield
             return
         model = self.accelerator.unwrap_model(self.model)
