@@ -4,6 +4,7 @@ Every method on several processes against one: which cells of {way of dividing t
     python tests/matrix.py                            # everything that this machine can run
     python tests/matrix.py --ways ddp fsdp2 --only apo
     python tests/matrix.py --write docs/matrix.json   # what the table of docs/compatibility.md is made from
+    python tests/matrix.py --table docs/matrix.json   # prints that table
 
 A cell passes if two processes end with the weights of one (within the tolerance below, a share of how far training has
 moved them), have sampled the same tokens where the method samples, and if a run that resumes inside its second round
@@ -74,7 +75,9 @@ def _prompts() -> Any:
 
 
 def _sft() -> dict[str, Any]:
-    return {"sft_dataset": tiny.make_sft_rows()}
+    # Rejected responses, which training makes less likely: so that their floor is felt.
+    pairs = tiny.make_pairs(24).select(range(10))
+    return {"sft_dataset": pairs.select_columns(["prompt", "rejected"]).rename_column("rejected", "completion")}
 
 
 def _rewards() -> dict[str, Any]:
@@ -85,7 +88,9 @@ ROUNDS = {"num_rounds": 3}
 APO = {**ROUNDS, "extrapolation_alpha": [0.6, 0.3, 0.0]}
 # Batches of three prompts, of which one process has more than the other.
 SAMPLING = {"num_generations": 3, "max_completion_length": 6, "generation_batch_size": 9}
-SPO = {"num_train_epochs": 3, "sft_coef": 1.0}
+# The policy begins at the floor, where rounding would decide whether a hinge is active.
+FLOOR = {"sft_coef": 1.0, "sft_tolerance": 1e-4}
+SPO = {"num_train_epochs": 3, **FLOOR}
 CELLS = {
     "apo": Cell("apo", APO, lambda: tiny.make_pairs(24)),
     "apo, reference ahead": Cell("apo", {**APO, "precompute_ref_log_probs": True}, lambda: tiny.make_pairs(24)),
@@ -94,13 +99,13 @@ CELLS = {
     "spo, hinge over the batch": Cell("spo", {**SPO, "hinge": "batch"}, lambda: tiny.make_pairs(8), _sft),
     "spo, unrolled": Cell("spo", {**SPO, "bilevel_solver": "unrolled"}, lambda: tiny.make_pairs(8), _sft),
     "spo, alternating": Cell("spo", {**SPO, "bilevel_solver": "alternating"}, lambda: tiny.make_pairs(8), _sft),
-    "apo_spo": Cell("apo_spo", {**APO, "sft_coef": 1.0}, lambda: tiny.make_pairs(24), _sft),
+    "apo_spo": Cell("apo_spo", {**APO, **FLOOR}, lambda: tiny.make_pairs(24), _sft),
     "apo_spo, unrolled": Cell(
-        "apo_spo", {**APO, "sft_coef": 1.0, "bilevel_solver": "unrolled"}, lambda: tiny.make_pairs(24), _sft
+        "apo_spo", {**APO, **FLOOR, "bilevel_solver": "unrolled"}, lambda: tiny.make_pairs(24), _sft
     ),
     "apo_spo, on-policy": Cell(
         "apo_spo",
-        {**APO, **SAMPLING, "lower_level": "sft_dataset"},
+        {**APO, **SAMPLING, **FLOOR, "lower_level": "sft_dataset"},
         _prompts,
         lambda: {**_sft(), **_rewards()},
         samples=True,
@@ -136,7 +141,6 @@ def make_trainer(name: str, weights: str, output_dir: Path, batch: int) -> Any:
         "save_strategy": "steps",
         "save_steps": 1,
         "per_device_eval_batch_size": batch,
-        "logging_strategy": "no",
         **cell.config,
     }
     if "sft_dataset" in cell.given():
@@ -166,6 +170,8 @@ def run_cell(name: str, weights: str, folder: Path, batch: int, resume: bool) ->
     trainer = make_trainer(name, weights, folder / "whole", batch)
     trainer.train()
     trainer.save_model()
+    if "sft_coef" in CELLS[name].config:
+        assert max(entry.get("spo/penalty", 0) for entry in trainer.state.log_history) > 0, "no floor was felt"
     if shards_on_cpu.asked():
         assert any(hasattr(weight, "placements") for weight in trainer.model.parameters()), "not sharded"
     if not resume:
@@ -330,17 +336,45 @@ def available(way: str) -> str | None:
     return None
 
 
+def table(found: dict[str, Any]) -> str:
+    """What is in a JSON file of results as the table of docs/compatibility.md."""
+    cells = found["cells"]
+
+    def entry(way: str, name: str) -> str:
+        results = {kind: cells.get(f"{way} | {name} | {kind}", {"status": "untested"}) for kind in WEIGHTS}
+        statuses = {kind: result["status"] for kind, result in results.items()}
+        if len(set(statuses.values())) == 1:
+            return statuses[WEIGHTS[0]]
+        return ", ".join(f"{kind}: {status}" for kind, status in statuses.items())
+
+    rows = ["| method | " + " | ".join(WAYS) + " |", "|---|" + "---|" * len(WAYS)]
+    rows += [f"| {name} | " + " | ".join(entry(way, name) for way in WAYS) + " |" for name in CELLS]
+    reasons = sorted({result["why"] for result in cells.values() if result["status"] == "refused"})
+    largest = max((result.get("difference", 0.0) for result in cells.values()), default=0.0)
+    versions = ", ".join(f"{package} {version}" for package, version in sorted(found["versions"].items()))
+    notes = [
+        f"Each cell stands for {', '.join(WEIGHTS)}. The largest difference is {largest:.1g}. Run with {versions}."
+    ]
+    if reasons:
+        notes += ["", "Refused, in these words:", "", *[f"- {reason}" for reason in reasons]]
+    return "\n".join([*rows, "", *notes])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--only", nargs="+", choices=list(CELLS), default=list(CELLS))
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
     parser.add_argument("--write", type=Path, help="JSON file that gets the results; cells not run keep theirs")
+    parser.add_argument("--table", type=Path, help="print the table of a JSON file, and run nothing")
     parser.add_argument("--keep", type=Path, help="folder for the runs, which is left")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(options.only, options.weights, options.worker)
+        return 0
+    if options.table:
+        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
         return 0
     folder = options.keep or Path(tempfile.mkdtemp(prefix="matrix-"))
     folder.mkdir(parents=True, exist_ok=True)

@@ -374,6 +374,10 @@ class RolloutsTrainer(RoundsTrainer):
                 "together and those that do not fit are left out: use fewer."
             )
         self._prompts_digest = rows_fingerprint(self._prepared_train_dataset)
+        judges = json.dumps(self._judged_with(), sort_keys=True).encode()
+        sharding.agree(
+            "What judges the completions", xxhash.xxh3_64_hexdigest(judges), "`reward_funcs`, `ranker` and their code"
+        )
         manifest = self._checkpoint_manifest(checkpoint) if checkpoint is not None else None
         if manifest is not None and manifest.get("prompts", self._prompts_digest) != self._prompts_digest:
             raise ConfigurationError(
@@ -382,8 +386,9 @@ class RolloutsTrainer(RoundsTrainer):
             )
         if manifest is not None:
             self._compare_judges(manifest.get("judges"))
-        elif checkpoint is None:
+        elif checkpoint is None and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             # Before the folder is this run's: a start that is refused must not take it from the run that was there.
+            # Weights that are divided later have another hash then, by which rollouts are found.
             self._check_rollouts()
 
     def _check_rollouts(self) -> None:

@@ -39,6 +39,7 @@ from ..rollouts.config import EXTERNAL
 from ..rollouts.judges import Rewards
 from ..rollouts.sampling import batch_seed
 from ..rollouts.trainer import RolloutsTrainer, _Task, is_prompts
+from ..rounds import sharding
 from ..rounds.data import rows_fingerprint
 from ..rounds.state import RoundFolder
 from .config import SPRConfig
@@ -404,6 +405,7 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
 
     def _start_run(self, checkpoint: Any) -> None:
         self._offline_digest = self._digest_of_offline()
+        sharding.agree("`offline_dataset`", str(self._offline_digest), "how it is loaded")
         self._told_of_small_samples = False
         super()._start_run(checkpoint)
         manifest = self._checkpoint_manifest(checkpoint) if checkpoint is not None else None
