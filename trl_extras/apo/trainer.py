@@ -96,6 +96,7 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
         self._eval_without_logps: Any = None
         self._user_reference = False
         self._reference_spent = False
+        self._dtypes_settled = False
         super().__init__(*args, **kwargs)
         self.beta = self.args.beta_of(0)
         if self._multi_round and self.precompute_ref_logps and not self._user_reference:
@@ -425,10 +426,27 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
         what = f"Reference log-probabilities, round {self._round + 1}, {name}"
         gathered: dict[str, list[torch.Tensor]] = {column: [] for column in _LOGPS}
         for batch in tqdm(batches, desc=what, disable=self.args.disable_tqdm or not self.is_world_process_zero()):
+            self._settle_dtypes(batch)
             logps = self.compute_ref_log_probs(self.ref_model or self.model, batch)
             for column, values in zip(_LOGPS, self.accelerator.gather_for_metrics(logps), strict=True):
                 gathered[column].append(values.float().cpu())
         return {column: torch.cat(values) for column, values in gathered.items()}
+
+    def _settle_dtypes(self, batch: dict[str, Any]) -> None:
+        """
+        FSDP2 settles the dtype of gradients in its first forward, by what is trained then: with the adapter disabled,
+        as for the reference, that is nothing, and with a bfloat16 base training would fail at its first gradient.
+        """
+        if (
+            self._dtypes_settled
+            or self._weights is None
+            or not (self._weights.has_reference and self._weights.sharded)
+        ):
+            return
+        self._dtypes_settled = True
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad(), self.accelerator.autocast():
+            self.model(**inputs, labels=inputs["input_ids"], use_cache=False, fused_lm_head=True)
 
     @contextlib.contextmanager
     def _policy_of(self, folder: RoundFolder) -> Iterator[None]:

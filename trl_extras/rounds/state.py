@@ -299,13 +299,14 @@ class FullWeights(TrainableState):
 
     @torch.no_grad()
     def load_into(self, reference: torch.nn.Module, folder: Path) -> None:
-        saved, masters = WeightsFolder(folder), sharding.has_masters(self.model)
+        saved = WeightsFolder(folder)
+        # A reference may be of a coarser dtype: DeepSpeed and, with mixed precision, FSDP2 train copies in float32.
+        same = reference is self.model and not sharding.has_masters(self.model)
         sharding.settle(reference)
         for name, target in [*reference.named_parameters(), *reference.named_buffers()]:
             # Buffers that are not saved are derived from the configuration.
             if name in saved:
-                # Masters are saved in their precision; a reference has what the model computes with.
-                dtype = saved.dtype(name) if masters else target.dtype
+                dtype = target.dtype if same else saved.dtype(name)
                 for start, flat in _pieces(target):
                     flat.copy_(saved.piece(name, start, len(flat), dtype))
         sharding.publish(reference)
