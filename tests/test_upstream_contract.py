@@ -83,11 +83,16 @@ FOREIGN_ATTRIBUTES = {
     "_actions": "test_argparse",
     "_option_string_actions": "test_argparse",
     "_auto_reshard_after_forward": "test_fsdp2_keeps_how_it_reshards_in_groups",
+    "_dp_group": "test_deepspeed_is_pinned_elsewhere",
     "_ddp_params_and_buffers_to_ignore": "test_ddp_reads_the_buffers_to_ignore",
     "_finish_current_push": "test_a_push_can_be_waited_for",
+    "_from_config": "test_an_empty_model_is_made_of_a_config",
     "_fsdp_param_groups": "test_fsdp2_keeps_how_it_reshards_in_groups",
     "_get_fsdp_state": "test_fsdp2_keeps_how_it_reshards_in_groups",
     "_get_output_dir": "test_a_checkpoint_goes_where_get_output_dir_says",
+    "_hf_deepspeed_config_weak_ref": "test_transformers_remembers_the_deepspeed_configuration",
+    "_hp_mapping": "test_deepspeed_is_pinned_elsewhere",
+    "_hp_optimizer_states_linked": "test_deepspeed_is_pinned_elsewhere",
     "_is_root": "test_fsdp2_keeps_how_it_reshards_in_groups",
     "_last_lr": "test_schedules_are_functions_of_the_step",
     "_metrics": "test_metrics_are_lists_that_log_averages",
@@ -120,6 +125,32 @@ def test_fsdp2_keeps_how_it_reshards_in_groups() -> None:
     assert "if self._auto_reshard_after_forward:" in settled
     assert "self._is_root = True" in settled
     # What it comes to: test_sharding.py, `resharding_is_what_it_was`.
+
+
+def test_deepspeed_is_pinned_elsewhere() -> None:
+    """DeepSpeed is no dependency: what is used of it is pinned where it is installed, and this sees to the list."""
+    pinned = (Path(__file__).parent / "test_zero.py").read_text(encoding="utf-8")
+    for name, test in FOREIGN_ATTRIBUTES.items():
+        if test == "test_deepspeed_is_pinned_elsewhere":
+            assert name in pinned.split("def test_what_is_used_of_deepspeed")[1]
+
+
+def test_transformers_remembers_the_deepspeed_configuration() -> None:
+    """Else: reward models are divided like the policy, and sampling waits for processes that have nothing to do."""
+    from transformers.integrations import deepspeed
+
+    assert deepspeed._hf_deepspeed_config_weak_ref is None
+    assert not deepspeed.is_deepspeed_zero3_enabled()
+    source = inspect.getsource(deepspeed.is_deepspeed_zero3_enabled)
+    assert "_hf_deepspeed_config_weak_ref" in source
+    assert "_hf_deepspeed_config_weak_ref = None" in inspect.getsource(deepspeed.unset_hf_deepspeed_config)
+
+
+def test_an_empty_model_is_made_of_a_config() -> None:
+    """Else: `--plan` cannot count the weights of a model whose class is not AutoModelForCausalLM's."""
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM._from_config(tiny.make_model().config)
+    assert next(model.parameters()).is_meta
 
 
 def test_every_foreign_private_attribute_is_listed_and_tested() -> None:
@@ -249,8 +280,8 @@ def test_our_names_hide_nothing_of_upstreams_by_accident() -> None:
             "train", "training_step",
         },
         RoundsTrainer: {
-            *_compat.OVERRIDDEN_LOADING, "create_optimizer", "create_scheduler", "set_initial_training_values",
-            "train",
+            *_compat.OVERRIDDEN_LOADING, "_save_checkpoint", "create_optimizer", "create_scheduler", "save_model",
+            "set_initial_training_values", "train",
         },
         RolloutsTrainer: {*_compat.OVERRIDDEN_DATA_METHODS, "evaluate"},
         APOTrainer: {*_compat.OVERRIDDEN_DPO_METHODS, "_name", "_paper", "_tag_names"},

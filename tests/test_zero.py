@@ -161,6 +161,10 @@ assert isinstance(three.param_groups, property) and isinstance(two.param_groups,
 source = inspect.getsource(two)
 for name in ("self.bit16_groups", "self._hp_optimizer_states_linked"):
     assert name in source, name
+from deepspeed.utils import mixed_precision_linkage
+
+for name in ("._hp_mapping", "._dp_group"):
+    assert name in inspect.getsource(mixed_precision_linkage), name
 assert {"optim_fragment", "hp_fragment", "lp_fragment_address"} <= set(tensor_fragment.__dataclass_fields__)
 assert hasattr(integration, "_hf_deepspeed_config_weak_ref") and callable(integration.unset_hf_deepspeed_config)
 """
