@@ -94,6 +94,9 @@ SPO = {"num_train_epochs": 3, **FLOOR}
 CELLS = {
     "apo": Cell("apo", APO, lambda: tiny.make_pairs(24)),
     "apo, reference ahead": Cell("apo", {**APO, "precompute_ref_log_probs": True}, lambda: tiny.make_pairs(24)),
+    "apo, a reference of the user's": Cell(
+        "apo", APO, lambda: tiny.make_pairs(24), lambda: {"ref_model": tiny.make_model(9, num_hidden_layers=2)}
+    ),
     "apo, on-policy": Cell("apo", {**APO, **SAMPLING}, _prompts, _rewards, samples=True),
     "spo": Cell("spo", SPO, lambda: tiny.make_pairs(8), _sft),
     "spo, hinge over the batch": Cell("spo", {**SPO, "hinge": "batch"}, lambda: tiny.make_pairs(8), _sft),
@@ -227,7 +230,7 @@ def worker(names: list[str], weights: list[str], folder: Path) -> None:
 
 
 def slug(*parts: str) -> str:
-    return "-".join(part.replace(", ", "-").replace(" ", "_") for part in parts)
+    return "-".join(part.replace(", ", "-").replace(" ", "_").replace("'", "") for part in parts)
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

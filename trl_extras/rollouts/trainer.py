@@ -409,7 +409,7 @@ class RolloutsTrainer(RoundsTrainer):
                 "on one side only: use the same rewards, or another `output_dir`."
             )
         for name in same_judges(now, before)[1]:
-            logger.warning(f"{name} has been edited since the run began; later rounds are judged by it as it is now.")
+            self._warn(f"{name} has been edited since the run began; later rounds are judged by it as it is now.")
 
     def _judged_with(self) -> dict[str, dict[str, str]]:
         return self._judge.identities() if isinstance(self._judge, (Rewards, Ranker)) else {str(self._judge): {}}
@@ -913,7 +913,7 @@ class RolloutsTrainer(RoundsTrainer):
             empty = sum(not any(row["completions"]) for row in rows)
             found |= {"pairs": used, "ties": len(rows) - pairs, "repeated": task.wanted - used, "empty": empty}
             if empty and pairs:
-                logger.warning(
+                self._warn(
                     f"{task.where}: {empty} of {len(rows)} prompts got nothing but empty completions and are left out."
                 )
         return found

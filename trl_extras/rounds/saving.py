@@ -140,6 +140,11 @@ class WholeCheckpoints(_Parent):
         if self.is_world_process_zero():
             tqdm.write(f"[{self._name}] {message}")
 
+    def _warn(self, message: str) -> None:
+        """A warning, once for all processes."""
+        if self.is_world_process_zero():
+            logger.warning(message)
+
     def _run_of(self, output_dir: Path) -> str | None:
         """The run that an output folder belongs to, if known: checkpoints of another one are not resumed from."""
         return None
@@ -147,10 +152,10 @@ class WholeCheckpoints(_Parent):
     def _begin(self, checkpoint: Path | None) -> None:
         """The checkpoint to go on from is settled, and upstream has not begun."""
         if fsdp_version(self.args) is not None and self.accelerator.distributed_type != DistributedType.FSDP:
-            logger.warning(
-                "FSDP is asked for, but accelerate runs "
-                f"{self.accelerator.distributed_type.value} instead, without a word, as it does where there is no "
-                "GPU: every process holds the whole model."
+            kind = "DDP" if self.accelerator.num_processes > 1 else "a single process"
+            self._warn(
+                f"FSDP is asked for, but accelerate runs {kind}, as it does where there is no GPU: every process "
+                "holds the whole model."
             )
         if sharding.several_processes() and isinstance(self.train_dataset, datasets.Dataset):
             sharding.agree("`train_dataset`", rows_fingerprint(self.train_dataset), "how it is loaded")

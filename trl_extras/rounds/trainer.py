@@ -535,7 +535,7 @@ class RoundsTrainer(WholeCheckpoints):
         if self._run_id is None:
             earlier = [folder.name for _, folder in checkpoints.list_checkpoints(self._output_dir)]
             if self._multi_round and earlier:
-                logger.warning(
+                self._warn(
                     f"`output_dir` holds {', '.join(earlier)} of an earlier run, which this one replaces step by "
                     "step: stop, and set `resume_from_checkpoint='last'` to go on with that run, or use another "
                     "`output_dir`."
@@ -597,7 +597,8 @@ class RoundsTrainer(WholeCheckpoints):
         if self._multi_round and manifest["world_size"] != self.args.world_size:
             raise ConfigurationError(
                 f"{checkpoint.name} was written by {manifest['world_size']} processes, but there are "
-                f"{self.args.world_size}: resume with as many."
+                f"{self.args.world_size}: start {manifest['world_size']} (`--num_processes`), or begin anew with that "
+                "checkpoint as the model."
             )
         if (
             self._multi_round
@@ -1006,7 +1007,7 @@ class RoundsTrainer(WholeCheckpoints):
                 f"{planned}: return at most that many."
             )
         if len(rows) < planned:
-            logger.warning(
+            self._warn(
                 f"Round {round_index + 1}: {len(rows)} rows instead of {planned}; {planned - len(rows)} are repeats, "
                 "in order, because every epoch of a run is equally long."
             )

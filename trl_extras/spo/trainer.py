@@ -592,7 +592,7 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
             share = sum(displaced) / len(displaced)
             if share > _MANY_DISPLACED:
                 self._spo_warned = True
-                logger.warning(
+                self._warn(
                     f"{share:.0%} of the chosen responses of the last {len(displaced)} batches are less likely than "
                     "under the reference: training moves probability to responses outside the data. Set `sft_coef` "
                     "above 0 (1.0 by default) and, better still, give an `sft_dataset` of what the model shall keep; "

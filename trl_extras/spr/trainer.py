@@ -371,7 +371,7 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         if not kept:
             raise ConfigurationError(f"{offline.where}: the prompts alone fill `max_length` ({limit}): raise it.")
         if len(kept) < number:
-            logger.warning(
+            self._warn(
                 f"{number - len(kept)} of {number} responses of {offline.where} are left out, because their prompts "
                 f"alone fill `max_length` ({limit})."
             )
@@ -587,7 +587,7 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
                 "on: look at the prompts and at `max_completion_length`."
             )
         if empty:
-            logger.warning(f"{task.where}: {empty} prompts got nothing but empty responses and are left out.")
+            self._warn(f"{task.where}: {empty} prompts got nothing but empty responses and are left out.")
         return found, empty
 
     def _offline_of(self, round_index: int) -> list[int]:
@@ -738,7 +738,7 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         skipped = self.args.skip_equal_groups
         if skipped and equal.all():
             # Also what success looks like, with a reward that all of them earn.
-            logger.warning(
+            self._warn(
                 f"Round {round_index + 1}: the responses of every prompt have equal rewards, so that "
                 "`skip_equal_groups=True` would leave nothing: they are trained on, with weights of 1 but for ratios."
             )
@@ -766,7 +766,7 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
             "offline_reward_mean": float(np.mean([responses[i].reward for i in offline])) if offline else None,
         }
         if said["repeated_rows"]:
-            logger.warning(
+            self._warn(
                 f"Round {round_index + 1}: {said['repeated_rows']} of {len(rows)} rows are repeats: there are "
                 f"{len(online)} sampled and {len(offline)} offline responses for {counts.online} and "
                 f"{counts.offline} rows."
@@ -801,7 +801,7 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         else:
             return
         self._told_of_small_samples = True
-        logger.warning(f"Round {round_index + 1}: {message}")
+        self._warn(f"Round {round_index + 1}: {message}")
 
     # ---- Measuring ----
 
