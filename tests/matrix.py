@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -368,11 +369,13 @@ def table(found: dict[str, Any]) -> str:
     reasons = sorted({result["why"] for result in cells.values() if result["status"] == "refused"})
     largest = max((result.get("difference", 0.0) for result in cells.values()), default=0.0)
     versions = ", ".join(f"{package} {version}" for package, version in sorted(found["versions"].items()))
-    notes = [
-        f"Each cell stands for {', '.join(WEIGHTS)}. The largest difference is {largest:.1g}. Run with {versions}."
-    ]
+    about = f"Each cell stands for {', '.join(WEIGHTS)}. The largest difference is {largest:.1g}. Run with {versions}."
+    notes = [textwrap.fill(about, 118, break_on_hyphens=False)]
     if reasons:
-        notes += ["", "Refused, in these words:", "", *[f"- {reason}" for reason in reasons]]
+        told = [
+            textwrap.fill(f"- {reason}", 118, subsequent_indent="  ", break_on_hyphens=False) for reason in reasons
+        ]
+        notes += ["", "Refused, in these words:", "", *told]
     return "\n".join([*rows, "", *notes])
 
 
