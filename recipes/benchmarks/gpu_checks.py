@@ -8,7 +8,7 @@ holds to the bit on a CPU holds there.
 
 It needs no network and takes less than eight minutes on a GPU of this decade: sections that have not begun by
 `--minutes` are left out, and said to be. A Llama of 0.3 billion random parameters, made here, in bfloat16 with
-gradient checkpointing. `--cpu-smoke` runs the same code with a tiny model on the CPU in about a minute: its numbers
+gradient checkpointing. `--cpu-smoke` runs the same code with a tiny model on the CPU in minutes: its numbers
 mean nothing, it shows that the code runs.
 
 - correctness: APO with alpha 0 and one round against DPOTrainer, SPR with equal rewards against SFTTrainer (losses of
