@@ -38,6 +38,8 @@ def cases(base: Path, out: Path, rank: int) -> Any:
     sampled = {**two, "num_generations": 2, "max_completion_length": 4}
     pairs, sft = tiny.make_pairs(8), tiny.make_sft_rows(8)
     yield "`train_dataset`", make(APOTrainer, APOConfig, "data", two, train_dataset=tiny.make_pairs(8, seed=rank))
+    other = {"train_dataset": pairs, "eval_dataset": {"a": tiny.make_pairs(3 + rank)}}
+    yield "`eval_dataset`", make(APOTrainer, APOConfig, "evaluation", {"num_rounds": 1}, **other)
     order = [1, 0, *range(2, 8)] if rank else list(range(8))
     yield "`train_dataset`", make(SPOTrainer, SPOConfig, "order", {}, train_dataset=pairs.select(order))
     floor = {"train_dataset": pairs, "sft_dataset": tiny.make_sft_rows(8, seed=rank)}
@@ -76,4 +78,4 @@ def test_two_processes_that_differ_stop(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("refused: ") == 10
+    assert done.stdout.count("refused: ") == 12

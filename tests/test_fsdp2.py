@@ -22,11 +22,19 @@ CELLS = [("apo, on-policy", "full"), ("spo, unrolled", "LoRA")]
 MIXED = [("apo, reference ahead", "LoRA"), ("apo", "full")]
 
 
+# Where upstream's `save_model` leaves nothing that could be loaded.
+SHARDED = [("apo", "full"), ("apo", "LoRA"), ("spr, offline", "LoRA")]
+
+
 def main(folder: Path) -> None:
     """One of the processes."""
     shards_on_cpu.allow()
     for name, weights in CELLS:
         matrix.run_cell(name, weights, folder / matrix.slug(name, weights), 2, resume=True)
+    os.environ["FSDP_STATE_DICT_TYPE"] = "SHARDED_STATE_DICT"
+    for name, weights in SHARDED:
+        matrix.run_cell(name, weights, folder / "sharded" / matrix.slug(name, weights), 2, resume=True)
+    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
     stock, load = tiny.arguments, matrix.AutoModelForCausalLM.from_pretrained
 
     def mixed(output_dir: Any, **settings: Any) -> dict[str, Any]:
@@ -76,3 +84,14 @@ def test_mixed_precision_trains_and_resumes(name: str, weights: str, launched: P
     assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+@pytest.mark.parametrize(("name", "weights"), SHARDED)
+def test_a_sharded_state_dict_leaves_a_model_too(
+    name: str, weights: str, launched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MATRIX_MODEL", str(launched / "model"))
+    matrix.run_cell(name, weights, tmp_path, 2 * matrix.PROCESSES, resume=False)
+    folder = launched / "sharded" / matrix.slug(name, weights)
+    assert list(folder.glob("whole/checkpoint-*/pytorch_model_fsdp_0")), "nothing was sharded"
+    assert matrix.judge(name, weights, tmp_path, folder)["status"] == "passes"

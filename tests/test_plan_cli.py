@@ -129,19 +129,115 @@ def test_processes(planned: Callable[..., Any], tmp_path: Path) -> None:
 def test_shards(planned: Callable[..., Any], tmp_path: Path) -> None:
     config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "num_processes": 4}
     config |= {"machine_rank": 0, "num_machines": 1, "mixed_precision": "no", "use_cpu": False, "debug": False}
-    whole = planned("spo")["memory"]["phases"]["forward pass"]
+    gpus: dict[str, Any] = {"plan_for": "gpu", "use_cpu": None}
+    whole = planned("spo", **gpus)["memory"]["phases"]["forward pass"]
     for sharding, words in (
         (sizing.FSDP, ("--use_fsdp", "--fsdp_version", "2")),
         (sizing.ZERO3, ("--use_deepspeed", "--zero_stage", "3")),
     ):
-        said = planned("spo", *words, "--num_processes", "4")
+        said = planned("spo", *words, "--num_processes", "4", **gpus)
         assert (said["launch"]["processes"], said["launch"]["sharding"]) == (4, sharding)
         assert said["memory"]["phases"]["forward pass"]["weights"] == whole["weights"] / 4
     path = tmp_path / "fsdp.yaml"
     path.write_text(yaml.safe_dump({**config, "fsdp_config": {"fsdp_version": 2}}))
-    assert planned("spo", "--config_file", str(path))["launch"]["sharding"] == sizing.FSDP
+    assert planned("spo", "--config_file", str(path), **gpus)["launch"]["sharding"] == sizing.FSDP
+    # Without a GPU accelerate runs something else.
+    for on_cpu in ({"use_cpu": True}, {"use_cpu": None, "plan_for": "cpu"}):
+        said = planned("spo", "--config_file", str(path), **on_cpu)
+        assert (said["launch"]["processes"], said["launch"]["sharding"]) == (4, sizing.DDP)
+        assert said["memory"]["phases"]["forward pass"]["weights"] == whole["weights"]
+        assert any("without a GPU accelerate runs DDP instead" in note for note in said["notes"])
     path.write_text(yaml.safe_dump({**config, "fsdp_config": {"fsdp_version": 1}}))
     assert "FSDP1 does not work" in planned("apo", "--config_file", str(path), num_rounds=2)
+
+
+def test_the_configurations_of_the_repository(planned: Callable[..., Any], tmp_path: Path) -> None:
+    configs = Path(__file__).parents[1] / "recipes/accelerate_configs"
+    gpus: dict[str, Any] = {"plan_for": "gpu", "use_cpu": None, "bf16": True, "num_rounds": 2}
+    for name, sharding in (
+        ("ddp", sizing.DDP), ("fsdp2", sizing.FSDP), ("zero2", sizing.ZERO2), ("zero3", sizing.ZERO3),
+    ):  # fmt: skip
+        said = planned("apo", "--accelerate_config", str(configs / f"{name}.yaml"), **gpus)
+        assert (said["launch"]["processes"], said["launch"]["sharding"]) == (8, sharding), name
+    offload = ("--use_deepspeed", "--zero_stage", "3", "--offload_optimizer_device", "cpu")
+    assert "`offload_optimizer` in the DeepSpeed configuration does not work" in planned("apo", *offload, **gpus)
+    assert "DeepSpeed with ZeRO 1 does not work" in planned("apo", "--use_deepspeed", "--zero_stage", "1", **gpus)
+
+
+def test_a_run_on_gpus_is_planned_without_one(planned: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from transformers import training_args
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("CUDA is set up")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)
+    given: dict[str, Any] = {"num_rounds": 2, "use_cpu": None, "bf16": True}
+    before = training_args.is_torch_bf16_gpu_available
+    line = planned("apo", **given)
+    assert "support bf16/gpu" in line
+    assert line.endswith("To plan a run on GPUs on a machine without one, add --plan_for gpu.")
+    assert "support bf16/gpu" in planned("apo", "--plan_for", "cpu", **given)
+    said = planned("apo", "--plan_for", "gpu", "--num_processes", "8", **given, tf32=True)
+    assert (said["launch"]["processes"], said["launch"]["gpu"], said["batch"]["gpu"]) == (8, True, True)
+    assert said["model"]["autocast"]
+    assert "boundary" not in said["memory"]["phases"]
+    assert not any("process" in parts for parts in said["memory"]["phases"].values())
+    assert any("does not have" in note for note in said["notes"])
+    assert any("says how many GPUs" in note for note in planned("apo", "--plan_for", "gpu", **given)["notes"])
+    assert "GPU memory of a process" in planned("apo", text=True, **given, plan_for="gpu")
+    assert training_args.is_torch_bf16_gpu_available is before
+
+
+def test_plan_for_wants_a_plan(planned: Callable[..., Any], launched: Any, capsys: Any) -> None:  # noqa: F811
+    assert cli.main(["apo", "--plan_for", "gpu", "--model_name_or_path", "m", "--dataset_name", "d"]) == 2
+    assert "it wants --plan or --plan_json beside it" in capsys.readouterr().err
+    assert not launched
+    assert "wants gpu or cpu" in planned("apo", "--plan_for", "tpu")
+
+
+def test_the_launchers_mixed_precision(planned: Callable[..., Any], tmp_path: Path) -> None:
+    config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", "num_processes": 1}
+    config |= {"machine_rank": 0, "num_machines": 1, "mixed_precision": "bf16", "use_cpu": True, "debug": False}
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(yaml.safe_dump(config))
+    decides = "`mixed_precision: bf16` of the accelerate configuration decides"
+    for words in (("--config_file", str(path)), ("--mixed_precision", "bf16")):
+        said = planned("apo", *words)
+        assert said["model"]["autocast"]
+        assert any(decides in note for note in said["notes"])
+    assert not planned("apo", "--config_file", str(path), "--mixed_precision", "no")["model"]["autocast"]
+    said = planned("apo", "--mixed_precision", "no", bf16=True)
+    assert said["model"]["autocast"]
+    assert any("`bf16` decides, not `mixed_precision: no`" in note for note in said["notes"])
+    # accelerate has no float16 on a CPU.
+    assert not planned("apo", "--mixed_precision", "fp16")["model"]["autocast"]
+    gpu = planned("apo", "--mixed_precision", "fp16", "--plan_for", "gpu", use_cpu=None)
+    assert gpu["model"]["autocast"]
+
+
+def test_the_run_computes_as_planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from accelerate import Accelerator
+    from transformers import TrainingArguments
+
+    # Training arguments begin with accelerate's state anew.
+    for asked, autocasts in (("bf16", True), ("fp16", False), ("no", False)):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+        args = TrainingArguments(str(tmp_path), bf16=False, use_cpu=True, report_to="none")
+        accelerator = Accelerator(cpu=True, mixed_precision=args.mixed_precision)
+        assert (args.mixed_precision, accelerator.native_amp) == (asked, autocasts)
+    assert TrainingArguments(str(tmp_path), bf16=True, use_cpu=True).mixed_precision == "bf16"
+
+
+def test_all_processes_of_a_machine(planned: Callable[..., Any]) -> None:
+    out = planned("apo", "--num_processes", "3", text=True, num_rounds=2)
+    assert re.search(r"all 3 processes of the machine: [\d.]+ GB", out)
+    assert re.search(r"weights +[\d.]+ kB", out)
+    assert re.search(r"^    [\w', ]+: [\d.]+ [kMG]B \(weights [\d.]+ kB, ", out, re.MULTILINE)
+    several = planned("apo", "--num_processes", "4", "--num_machines", "2", text=True, num_rounds=2)
+    assert "processes of the machine" not in several
+    assert "processes of the machine" not in planned("apo", text=True, num_rounds=2)
 
 
 def test_plan_can_stand_in_the_recipe(planned: Callable[..., Any]) -> None:
@@ -169,6 +265,12 @@ def test_on_policy(planned: Callable[..., Any], tmp_path: Path, run_tiny: Any) -
     assert (said["rows"], said["steps"]) == (4, 4)
     assert said["disk"]["parts"]["rollouts"] == 2 * sizing.rollout_bytes(4, 2, 1, 4)
     assert any("judge" in note for note in said["notes"])
+    # Every boundary has a checkpoint, whatever the strategy says.
+    assert said["disk"]["checkpoints"] == 2
+    assert planned("apo", save_total_limit=1, **given)["disk"]["at_once"] == 2
+    assert planned("apo", save_strategy="no", **given)["disk"]["checkpoints"] == 0
+    waiting = {**given, "reward_funcs": None, "ranker": "external"}
+    assert planned("apo", save_strategy="no", **waiting)["disk"]["checkpoints"] == 1
     assert planned("apo", prompts_per_round=2, **given)["steps"] == 2
     assert "nothing judges them" in planned("apo", **{**given, "reward_funcs": None})
 
@@ -187,6 +289,12 @@ def test_on_policy(planned: Callable[..., Any], tmp_path: Path, run_tiny: Any) -
         ("apo", {"adapter_rank": 4}, "none is trained"),
         ("apo", {"resume_from_checkpoint": "nowhere"}, "`resume_from_checkpoint` is 'nowhere'"),
         ("apo", {"dataset_name": None}, "no dataset is given"),
+        ("apo", {"dataset_name": "/nowhere/at/all"}, "`dataset_name` ('/nowhere/at/all'), split 'train', cannot be "),
+        ("apo", {"dataset_train_split": "trian"}, "split 'trian', cannot be loaded: it has train (`dataset_train_sp"),
+        ("apo", {"eval_strategy": "epoch"}, "split 'test', cannot be loaded: it has train (`dataset_test_split`)"),
+        ("apo", {"model_name_or_path": "/no/where"}, "`model_name_or_path` is '/no/where', but there is no such fo"),
+        ("apo", {"num_processes": 0}, "num_processes is 0, but wants at least 1"),
+        ("apo", {"plan_for": "gpu"}, "`--plan_for` is 'gpu', but `use_cpu`"),
         ("spo", {"lower_level": "both"}, "there is no SFT dataset"),
         ("spo", {"inner_steps": 2}, "takes no inner steps"),
         ("spr", {}, "responses without a reward"),
@@ -232,8 +340,56 @@ def test_unknown_sizes_are_not_guessed(planned: Callable[..., Any], tmp_path: Pa
 
 
 def test_a_model_that_is_not_there(planned: Callable[..., Any], tmp_path: Path) -> None:
-    line = planned("apo", model_name_or_path=str(tmp_path / "nowhere"))
-    assert "the config of the model" in line
+    assert "there is no such folder" in planned("apo", model_name_or_path=str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    assert "the tokenizer of the model" in planned("apo", model_name_or_path=str(tmp_path / "empty"))
+
+
+def test_a_run_says_the_same_of_its_data(
+    run_tiny: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    from trl_extras.scripts import apo
+
+    words = ["--model_name_or_path", str(run_tiny[0]), "--use_cpu", "--bf16", "False", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["apo.py", *words, "--dataset_name", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="2"):
+        apo.script.run()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-extras")]
+    assert "split 'train', cannot be loaded: " in line
+
+
+def test_an_on_policy_run_leaves_the_planned_checkpoints(
+    run_tiny: Any,  # noqa: F811
+    tmp_path: Path,
+    capsys: Any,
+) -> None:
+    from trl_extras.scripts import apo
+
+    prompts, out = tmp_path / "prompts", tmp_path / "out"
+    prompts.mkdir()
+    (prompts / "train.jsonl").write_text("".join(json.dumps({"prompt": f"w{i}"}) + "\n" for i in range(6)))
+    given = {"model_name_or_path": str(run_tiny[0]), "dataset_name": str(prompts), "num_rounds": 3, **judged(tmp_path)}
+    given |= {"output_dir": str(out), "per_device_train_batch_size": 2, "report_to": "none", "max_length": 16}
+    words = ["--use_cpu", "--bf16", "False", "--disable_tqdm", "True", "--temperature", "2"]
+    words += [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    assert cli.main(["apo", "--plan_json", *words]) == 0
+    said = json.loads(capsys.readouterr().out)
+    apo.script.main(*apo.parse_arguments(words))
+    assert said["disk"]["checkpoints"] == len(list(out.glob("checkpoint-*"))) == 3
+    # What the run itself says of the disk counts them too: each has small files beside the weights.
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "disk: at most" in line]
+    found = re.search(r"([\d.]+) kB for the checkpoints", line)
+    assert found is not None
+    assert float(found[1]) * 1000 > 3 * sizing._SMALL_FILES
+
+
+def test_run_says_where_plan_belongs() -> None:
+    from trl_extras.run import Ledger
+
+    assert "--plan; it belongs to `trl-extras METHOD`" in Ledger("dpo.py").unknown(["--plan"]).message
 
 
 def test_the_plan_is_what_the_run_does(

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from tests import tiny
 from trl_extras.errors import ConfigurationError
 from trl_extras.rounds import sharding
+from trl_extras.rounds import state as rounds_state
 from trl_extras.rounds.state import FullWeights
 
 
@@ -121,6 +122,24 @@ def a_saved_model_is_whole_and_one_file_a_process(folder: Path, rank: int) -> No
             state.load(target)
             for name, weight in other.named_parameters():
                 assert torch.equal(sharding.whole(weight), dict(whole.named_parameters())[name]), name
+
+
+@on_two_processes
+def a_full_file_is_written_and_another_begun(folder: Path, rank: int) -> None:
+    """So that no process ever has a large part of a large model in memory."""
+    kept, rounds_state._FILE_BYTES = rounds_state._FILE_BYTES, 3000
+    whole, model = make(tied=False), sharded(make(tied=False))
+    try:
+        FullWeights(model).save(folder / "saved", rank == 0)
+    finally:
+        rounds_state._FILE_BYTES = kept
+    torch.distributed.barrier()
+    files = sorted((folder / "saved").glob("*.safetensors"))
+    assert len(files) > 4
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    largest = max(weight.numel() for weight in whole.parameters()) * 4
+    assert all(path.stat().st_size < max(largest, 3000) + 2000 for path in files)
+    assert tiny.same_weights(AutoModelForCausalLM.from_pretrained(folder / "saved"), whole)
 
 
 @on_two_processes

@@ -306,6 +306,30 @@ def test_steps_of_checkpoints() -> None:
     assert list(sizing.Saving((1, 3), 5, (False, True)).checkpoint_steps()) == [5, 10, 15, 20]
 
 
+def test_steps_of_checkpoints_where_rounds_make_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps(**kwargs: Any) -> list[int]:
+        return list(saving(3, makes_rows=True, **kwargs).checkpoint_steps())
+
+    assert steps(strategy="steps", save_steps=500) == [10, 20, 30]
+    assert steps(strategy="steps", save_steps=8) == [8, 10, 16, 20, 24, 30]
+    assert steps(strategy="epoch") == [10, 20, 30]
+    assert steps(strategy="best") == [10, 20, 30]
+    assert steps(strategy="no") == []
+    # A run that stops for labels has to be gone on from; the end has no boundary after it.
+    assert steps(strategy="no", waits=True) == [10, 20]
+    monkeypatch.setattr(sizing, "_SMALL_FILES", 0)
+    files = sizing.full_files(1.0, 3, optimizer=2.0)
+    all_of_them = sizing.disk(files, saving(makes_rows=True, strategy="steps"))
+    assert (all_of_them.checkpoints, all_of_them.at_once) == (3, 3)
+    limited = sizing.disk(files, saving(makes_rows=True, strategy="steps", limit=1))
+    assert (limited.checkpoints, limited.at_once, limited.peak) == (3, 2, 2 * 3 + 5)
+
+
+def test_sizes_for_people() -> None:
+    shown = [sizing.shown(size) for size in (0, 640, 4_200, 3.4e6, 2.5e8, 7e9)]
+    assert shown == ["0.00 kB", "0.64 kB", "4.20 kB", "3.40 MB", "0.25 GB", "7.00 GB"]
+
+
 def test_rollouts_stay() -> None:
     files = sizing.full_files(0.0, 2, rollouts=(5.0, 7.0))
     found = sizing.disk(files, saving(2))

@@ -26,8 +26,11 @@ from .run import main as run_main
 _SCRIPTS = Path(__file__).parent / "scripts"
 # They would have accelerate start something else than the method's script.
 _NOT_FOR_US = {"-h", "--help", "-m", "--module", "--no_python", "--no-python"}
-# Say what a run would take, instead of running it.
+# Say what a run would take, instead of running it; and on what kind of machine.
 _PLAN = ("--plan", "--plan_json")
+_MACHINES = ("gpu", "cpu")
+# transformers' words for bf16 without a GPU.
+_NO_GPU = "support bf16/gpu"
 
 _HELP = """\
 usage: trl-extras COMMAND ...
@@ -83,6 +86,7 @@ def _launcher_options(error: Ledger) -> tuple[Any, dict[str, argparse.Action]]:
     ours.add_argument("--accelerate_config")
     for flag in _PLAN:
         ours.add_argument(flag, action="store_true")
+    ours.add_argument("--plan_for", choices=_MACHINES)
     return parser, options | option_actions(ours)
 
 
@@ -210,6 +214,18 @@ def _launch(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _machine(words: list[str], plans: bool, error: Ledger) -> str | None:
+    """What `--plan_for` says."""
+    if not words:
+        return None
+    value = words[-1]
+    if not plans:
+        raise error.error(f"--plan_for is {value!r}, but nothing is planned: it wants --plan or --plan_json beside it")
+    if value not in _MACHINES:
+        raise error.error(f"--plan_for is {value!r}, but wants {' or '.join(_MACHINES)}")
+    return value
+
+
 def train(name: str, argv: Sequence[str]) -> int:
     """`trl-extras NAME ...`: launch the method's script as `trl dpo` launches TRL's, refusing unknown names first."""
     prog = f"trl-extras {name}"
@@ -224,9 +240,18 @@ def train(name: str, argv: Sequence[str]) -> int:
     error.note([], [], [*script, *launcher])
     ours, theirs = _split_words(argv, script, launcher, error)
     with _without_launcher_keys(ours, theirs, script, launcher, error) as ours:
-        # Once here, so that a wrong value is one line instead of one traceback a process.
-        parsed = module.parse_arguments(ours, prog)
         plans = [theirs.pop(flag.lstrip("-"), []) for flag in _PLAN]
+        machine = _machine(theirs.pop("plan_for", []), any(plans), error)
+        planning: Any = import_module("trl_extras.scripts._plan") if any(plans) else None
+        # Once here, so that a wrong value is one line instead of one traceback a process.
+        try:
+            with planning.on_machine(machine) if planning else contextlib.nullcontext():
+                parsed = module.parse_arguments(ours, prog)
+        except UserError as refusal:
+            if planning and _NO_GPU in refusal.message:
+                hint = "To plan a run on GPUs on a machine without one, add --plan_for gpu."
+                raise error.error(f"{refusal.message} {hint}") from refusal
+            raise
         from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
         words = [word for group in theirs.values() for word in group]
@@ -235,10 +260,10 @@ def train(name: str, argv: Sequence[str]) -> int:
             arguments = launcher_parser.parse_args([*resolve_accelerate_config_argument(words), path, *ours])
         except ValueError as problem:
             raise error.error(str(problem)) from problem
-        if any(plans):
-            status: int = import_module("trl_extras.scripts._plan").show(
-                module.script, parsed, arguments, as_json=bool(plans[1])
-            )
+        if arguments.num_processes is not None and arguments.num_processes < 1:
+            raise error.error(f"num_processes is {arguments.num_processes}, but wants at least 1")
+        if planning:
+            status: int = planning.show(module.script, parsed, arguments, as_json=bool(plans[1]), machine=machine)
             return status
         return _launch(arguments)
 

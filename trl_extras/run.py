@@ -126,6 +126,8 @@ class Ledger:
             hint = suggestion(
                 name, (option for option in self.known if option.startswith("-") == name.startswith("-"))
             )
+            if name in ("--plan", "--plan_json", "--plan_for"):
+                hint = "; it belongs to `trl-extras METHOD`"
             if name == "--config":
                 hint = "; where a config file is read, it is given as two words: --config FILE"
             parts.append(f"{name}{hint}")

@@ -19,6 +19,14 @@ from typing import Any
 
 GB = 1e9
 
+
+def shown(size: float) -> str:
+    """A size for people, in the unit that leaves it some digits."""
+    if size >= 1e8:
+        return f"{size / GB:.2f} GB"
+    return f"{size / 1e6:.2f} MB" if size >= 1e6 else f"{size / 1e3:.2f} kB"
+
+
 # TRL's fused head (trl/kernels/chunked_logprob.py): tokens and vocabulary entries of a tile of logits.
 _TILE_TOKENS = 4096
 _TILE_VOCABULARY = 32768
@@ -498,6 +506,9 @@ class Saving:
         keep_iterates: as in the config.
         ends_extrapolated: whether the end of the run sets the last iterate aside while its extrapolation is measured.
         saves_output: whether the run ends with `save_model`, as the scripts do.
+        makes_rows: whether each round begins with making its rows, by sampling (`_on_step_end` in
+            `rollouts/trainer.py`).
+        waits: whether it then stops for labels from elsewhere.
     """
 
     epochs: tuple[int, ...]
@@ -511,6 +522,8 @@ class Saving:
     keep_iterates: bool = False
     ends_extrapolated: bool = False
     saves_output: bool = True
+    makes_rows: bool = False
+    waits: bool = False
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -520,14 +533,19 @@ class Saving:
     def checkpoint_steps(self) -> Iterator[int]:
         """The steps after which a checkpoint is written."""
         total = self.ends[-1]
+        steps: set[int] = set()
         if self.strategy == "epoch":
-            yield from range(self.steps_per_epoch, total + 1, self.steps_per_epoch)
+            steps.update(range(self.steps_per_epoch, total + 1, self.steps_per_epoch))
         elif self.strategy == "steps":
-            yield from range(self.save_steps, total, self.save_steps)
-            yield total  # upstream's last one, whatever the interval
+            steps.update(range(self.save_steps, total, self.save_steps))
+            steps.add(total)  # upstream's last one, whatever the interval
         elif self.strategy != "no":
             # "best": how often is known afterwards; two are the least that have to fit.
-            yield from sorted({self.ends[0], total})
+            steps.update((self.ends[0], total))
+        if self.makes_rows and (self.strategy != "no" or self.waits):
+            # What comes next takes long, is paid for, or stops the run: each boundary can be gone on from.
+            steps.update(self.ends[:-1])
+        yield from sorted(steps)
 
 
 ROUND_STATE, KEPT, CHECKPOINTS, ROLLOUTS, OUTPUT = (

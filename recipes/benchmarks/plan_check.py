@@ -55,6 +55,8 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "apo-long": ("apo", 240, ROUNDS | AHEAD | ONE | {"save_strategy": "no"}),
     "apo-checkpointing": ("apo", 240, ROUNDS | AHEAD | ONE | {"gradient_checkpointing": True, "save_total_limit": 1}),
     "spo": ("spo", 60, {"sft_dataset_name": "{folder}/texts", "lower_level": "both"}),
+    # Checkpoints at the boundaries alone, which on-policy runs save whatever the strategy.
+    "apo-on-policy": ("apo", 24, PROMPTS | {"save_strategy": "steps"}),
     "spr": ("spr", 24, PROMPTS),
     "spr-keep": ("spr", 24, PROMPTS | {"num_rounds": 3, "keep_iterates": True, "save_only_model": True}),
 }
@@ -89,10 +91,10 @@ def write_data(folder: Path, words: int, number: int, seed: int = 0) -> None:
 
 
 def write_recipe(name: str, folder: Path, model: str, output: Path) -> Path:
-    method, words, settings = CASES[name]
+    _, words, settings = CASES[name]
     write_data(folder, words, STEPS * {**COMMON, **settings}["per_device_train_batch_size"])
     keys = {**COMMON, **settings, "model_name_or_path": model, "output_dir": str(output)}
-    keys["dataset_name"] = str(folder / ("prompts" if method == "spr" else "pairs"))
+    keys["dataset_name"] = str(folder / ("prompts" if "reward_funcs" in keys else "pairs"))
     keys = {k: v.replace("{folder}", str(folder)) if isinstance(v, str) else v for k, v in keys.items()}
     path = folder / "recipe.yaml"
     path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in keys.items()), encoding="utf-8")

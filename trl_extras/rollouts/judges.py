@@ -30,6 +30,7 @@ from trl import apply_chat_template
 
 from .._compat import outside_zero3
 from ..errors import ConfigurationError
+from ..rounds import sharding
 
 
 # What a reward function is called with, by name, beside the dataset's columns.
@@ -378,7 +379,7 @@ class Reward:
         """Bring a model into memory and onto the device."""
         if self.model_id is not None:
             # Whole on every process, each of which scores by itself.
-            with outside_zero3():
+            with outside_zero3(), sharding.loading_whole():
                 self.model = AutoModelForSequenceClassification.from_pretrained(
                     self.model_id, num_labels=1, trust_remote_code=self.trust_remote_code
                 )

@@ -26,7 +26,7 @@ from transformers.utils import logging
 from trl.import_utils import is_vllm_available
 
 from ..errors import ConfigurationError
-from ..rounds.saving import asked_for
+from ..rounds.saving import asks_for_deepspeed, fsdp_version
 from .sampling import Batch, Completion, SamplingSettings
 
 
@@ -83,7 +83,7 @@ def check_vllm(config: Any, samples: bool, given: dict[str, Any]) -> None:
             + f"but {'`use_cpu` is set' if config.use_cpu else 'there is none'}: leave it out and sample with "
             "transformers."
         )
-    if config.fsdp or asked_for("FSDP") or asked_for("DEEPSPEED"):
+    if fsdp_version(config) is not None or asks_for_deepspeed(config):
         raise ConfigurationError(
             "`use_vllm=True` does not work with FSDP or DeepSpeed so far: leave it out and sample with transformers, "
             "or use DDP."

@@ -190,7 +190,7 @@ class LoraRounds(TrainableState):
                 self._check_layer(name, module)
                 self._layers[name] = module
         # Where it is loaded to save memory, the other processes have nothing in it yet.
-        self._base = sharding.of_main(base_fingerprint(model))
+        self._base = sharding.from_main(lambda: base_fingerprint(model))
         self._bases: list[dict[str, Factors]] = []
         self._digests: list[str] = []
         self._below: list[float] = []
@@ -365,8 +365,9 @@ class LoraRounds(TrainableState):
     @property
     def nbytes(self) -> int:
         tensors = [weight for layer in self._layers.values() for weight in _weights_of(layer, self._adapter)]
-        own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        whole = sum(tensor.numel() * max(tensor.element_size(), 4) for tensor in tensors)
+        sizes = [(sharding.shape_of(tensor).numel(), sharding.dtype_of(tensor).itemsize) for tensor in tensors]
+        own = sum(elements * size for elements, size in sizes)
+        whole = sum(elements * max(size, 4) for elements, size in sizes)
         # The concatenation, and the rounds' own adapters with the initial values beside it; at the end of the run.
         return whole * (self._num_rounds + 1) + own * (self._num_rounds + 2)
 

@@ -59,6 +59,13 @@ def asks_for_deepspeed(config: Any) -> bool:
     return bool(config.deepspeed or getattr(config, "deepspeed_plugin", None) is not None or asked_for("DEEPSPEED"))
 
 
+def _rows_of(dataset: Any) -> str:
+    """A hash of a dataset, or of several by name; of one without a length, its kind."""
+    if isinstance(dataset, dict):
+        return " ".join(f"{name}: {_rows_of(one)}" for name, one in dataset.items())
+    return rows_fingerprint(dataset) if isinstance(dataset, datasets.Dataset) else type(dataset).__name__
+
+
 class NonFiniteError(RuntimeError):
     """Training has produced a nan or an infinity. The last good state is on disk."""
 
@@ -108,11 +115,26 @@ class WholeCheckpoints(_Parent):
         if self._resume_is_checked:
             return
         self._resume_is_checked = True
-        checkpoint, _ = checkpoints.resolve(
-            config.resume_from_checkpoint, Path(config.output_dir), self._run_of(Path(config.output_dir))
-        )
+        checkpoint, _ = self._resolve(config.resume_from_checkpoint, Path(config.output_dir))
         if checkpoint is not None:
             self._check_checkpoint(checkpoint)
+
+    def _resolve(self, value: Any, output_dir: Path) -> tuple[Path | None, list[str]]:
+        """
+        Which checkpoint to go on from. The main process reads and checks them, which may be a terabyte; the others
+        take its word, and its error.
+        """
+        found: Any = None
+        if not sharding.several_processes() or torch.distributed.get_rank() == 0:
+            try:
+                found = checkpoints.resolve(value, output_dir, self._run_of(output_dir))
+            except ValueError as error:
+                found = error
+        found = sharding.of_main(found)
+        if isinstance(found, ValueError):
+            raise found
+        checkpoint, told = found
+        return checkpoint, told
 
     def _check_checkpoint(self, checkpoint: Path) -> dict[str, Any] | None:
         """
@@ -157,8 +179,17 @@ class WholeCheckpoints(_Parent):
                 f"FSDP is asked for, but accelerate runs {kind}, as it does where there is no GPU: every process "
                 "holds the whole model."
             )
-        if sharding.several_processes() and isinstance(self.train_dataset, datasets.Dataset):
-            sharding.agree("`train_dataset`", rows_fingerprint(self.train_dataset), "how it is loaded")
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        shards = plugin is not None and "SHARDED" in str(plugin.state_dict_type)
+        if shards and getattr(self, "_weights", None) is None:
+            self._warn(
+                "FSDP has `SHARDED_STATE_DICT`, with which `save_model` writes nothing that transformers loads: use "
+                "`FULL_STATE_DICT`, or merge the newest checkpoint with `accelerate merge-weights`."
+            )
+        if sharding.several_processes():
+            # All in any case: one process that streams would leave the others waiting.
+            for name in ("train_dataset", "eval_dataset"):
+                sharding.agree(f"`{name}`", _rows_of(getattr(self, name, None)), "how it is loaded")
 
     def train(
         self,
@@ -178,9 +209,7 @@ class WholeCheckpoints(_Parent):
             ValueError: the checkpoint is damaged, or belongs to another run.
         """
         self._tidy()
-        checkpoint, told = checkpoints.resolve(
-            resume_from_checkpoint, self._output_dir, self._run_of(self._output_dir)
-        )
+        checkpoint, told = self._resolve(resume_from_checkpoint, self._output_dir)
         for line in told:
             self._say(line)
         self._begin(checkpoint)

@@ -8,7 +8,8 @@ them: so each process reads its own part of a file, and an extrapolation touches
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,6 +22,9 @@ from . import zero
 
 
 _Answer = TypeVar("_Answer")
+
+# Set by accelerate and read by transformers: only the main process reads weights from disk.
+_LOADS_ON_MAIN = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 class Part(NamedTuple):
@@ -84,6 +88,23 @@ def of_main(value: _Answer) -> _Answer:
     found = [value]
     torch.distributed.broadcast_object_list(found)
     return found[0]
+
+
+def from_main(look: Callable[[], _Answer]) -> _Answer:
+    """What the main process finds, on all of them; only that one looks."""
+    here = not several_processes() or torch.distributed.get_rank() == 0
+    return of_main(look() if here else None)  # type: ignore[return-value]
+
+
+@contextmanager
+def loading_whole() -> Iterator[None]:
+    """Models that are loaded inside have their weights on every process, also where FSDP saves memory by loading."""
+    kept = os.environ.pop(_LOADS_ON_MAIN, None)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            os.environ[_LOADS_ON_MAIN] = kept
 
 
 def part_of(weight: Tensor) -> Part:

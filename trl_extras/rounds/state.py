@@ -40,6 +40,9 @@ STATE_VERSION = 1
 # Elements worked on at a time: few enough to stay in the cache from one operation to the next.
 _PIECE = 1 << 17
 
+# Of one file of a model that is saved from shards: what a process holds of it in memory at most, as transformers does.
+_FILE_BYTES = 5_000_000_000
+
 # Values of a frozen weight that tell it from another model's.
 _SAMPLED = 1024
 _PRIME = 1_000_003
@@ -249,31 +252,44 @@ class FullWeights(TrainableState):
 
     def _save_shards(self, folder: Path, write: bool) -> None:
         """
-        One file a process, in the layout of a model that is saved in several files: the weights are gathered one after
-        another, and each is kept by the process whose file it goes into.
+        Files of each process, in the layout of a model that is saved in several: the weights are gathered one after
+        another, and each is kept by the process whose file it goes into, until that is full.
         """
         world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-        names = [f"model-{number + 1:05d}-of-{world:05d}.safetensors" for number in range(world)]
-        mine: dict[str, Tensor] = {}
-        places: dict[str, str] = {}
-        held = [0] * world
-        total = 0
+        # By shapes alone, alike on all processes: which process writes each weight, and into which of its files.
+        held, total = [0] * world, 0
+        files: list[tuple[int, list[str]]] = []
+        open_file: dict[int, int] = {}
+        filled: dict[int, int] = {}
         for name, weight in self._saved():
-            size = _size_of(weight)
+            size = sharding.shape_of(weight).numel() * sharding.dtype_of(weight).itemsize
             owner = held.index(min(held))
-            held[owner] += size
-            total += size
-            places[name] = names[owner]
-            values = sharding.whole(weight)
-            if owner == rank:
-                mine[name] = values.detach().cpu().contiguous().clone()
+            if owner not in open_file or filled[owner] + size > _FILE_BYTES:
+                open_file[owner], filled[owner] = len(files), 0
+                files.append((owner, []))
+            files[open_file[owner]][1].append(name)
+            held[owner], filled[owner], total = held[owner] + size, filled[owner] + size, total + size
+        titles = [f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" for number in range(len(files))]
+        places = {name: number for number, (_, names) in enumerate(files) for name in names}
+        parts: dict[int, dict[str, Tensor]] = {}
+        for name, weight in self._saved():
+            values, number = sharding.whole(weight), places[name]
+            if files[number][0] == rank:
+                part = parts.setdefault(number, {})
+                part[name] = values.detach().cpu().contiguous()
+                if part[name].data_ptr() == weight.data_ptr():
+                    # Of a weight that every process holds.
+                    part[name] = part[name].clone()
+                if len(part) == len(files[number][1]):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    save_file(parts.pop(number), folder / titles[number], metadata={"format": "pt"})
+                    durable.sync(folder / titles[number])
+                del part
             del values
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(mine, folder / names[rank], metadata={"format": "pt"})
-        durable.sync(folder / names[rank])
         sharding.of_all(None)
         if write:
-            index = {"metadata": {"total_size": total}, "weight_map": {name: places[name] for name in sorted(places)}}
+            weights = {name: titles[places[name]] for name in sorted(places)}
+            index = {"metadata": {"total_size": total}, "weight_map": weights}
             durable.write_json(folder / "model.safetensors.index.json", index)
             self._save_configuration(folder)
 
@@ -410,7 +426,7 @@ class AdapterWeights(FullWeights):
             )
         self._adapter = str(active[0])
         # Where it is loaded to save memory, the other processes have nothing in it yet.
-        self._below = sharding.of_main(base_fingerprint(model))
+        self._below = sharding.from_main(lambda: base_fingerprint(model))
         trained = {p.data_ptr() for p in model.parameters() if p.requires_grad}
         if trained - {tensor.data_ptr() for _, tensor in self._parameters()}:
             raise ConfigurationError(

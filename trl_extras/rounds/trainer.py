@@ -1139,7 +1139,7 @@ class RoundsTrainer(WholeCheckpoints):
         hooks = [getattr(callback, "on_round_end", None) for callback in self.callback_handler.callbacks]
         self._calling_round_end = True
         try:
-            with self._own_random_numbers(round_index), self._evaluating():
+            with self._own_random_numbers(round_index), self._evaluating(), self._held():
                 for hook in hooks:
                     if hook is not None:
                         hook(
@@ -1189,8 +1189,8 @@ class RoundsTrainer(WholeCheckpoints):
         use = sizing.disk(files, self._saving())
         target = next(path for path in [self._output_dir, *self._output_dir.parents] if path.is_dir())
         free = shutil.disk_usage(target).free
-        parts = ", ".join(f"{size / 1e9:.2f} for the {part}" for part, size in use.parts.items())
-        message = f"disk: at most {use.peak / 1e9:.2f} GB ({parts}); {free / 1e9:.2f} GB are free."
+        parts = ", ".join(f"{sizing.shown(size)} for the {part}" for part, size in use.parts.items())
+        message = f"disk: at most {sizing.shown(use.peak)} ({parts}); {sizing.shown(free)} are free."
         if use.peak > free:
             logger.warning(f"{message} This may not be enough: lower `save_total_limit` or use another `output_dir`.")
         else:
@@ -1217,6 +1217,8 @@ class RoundsTrainer(WholeCheckpoints):
             limit=args.save_total_limit,
             only_model=args.save_only_model,
             keep_iterates=args.keep_iterates,
+            makes_rows=self._makes_rows,
+            waits=getattr(self, "_judge", None) == "external",  # `rollouts.config.EXTERNAL`, which builds on this
         )
 
     # ---- Guards and checkpoints ----
@@ -1240,6 +1242,16 @@ class RoundsTrainer(WholeCheckpoints):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with self._held():
             super().save_model(output_dir, _internal_call)
+            plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+            saved = plugin is None or "SHARDED" not in str(plugin.state_dict_type)
+            if self._weights is None or _internal_call or saved or not self._weights.sharded:
+                return
+            # Upstream leaves nothing there that could be loaded.
+            folder = Path(output_dir or self.args.output_dir)
+            self._weights.save(folder, self.args.should_save)
+            if self.args.should_save and self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)

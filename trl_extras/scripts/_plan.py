@@ -11,16 +11,20 @@ import json
 import os
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from trl_extras import sizing
 from trl_extras.errors import ConfigurationError
+from trl_extras.rollouts.config import EXTERNAL
 from trl_extras.rounds.plan import RoundPlan
 from trl_extras.run import UserError
+from trl_extras.sizing import shown
 
 
 if TYPE_CHECKING:
@@ -48,6 +52,13 @@ class Launch:
     sharding: str = sizing.DDP
     # What accelerate tells its processes by their environment.
     environment: tuple[tuple[str, str], ...] = ()
+    machines: int = 1
+    gpu: bool = False
+    # Mixed precision by the launcher, None where it says nothing.
+    precision: str | None = None
+    notes: tuple[str, ...] = ()
+    # DeepSpeed's configuration, as far as the launcher's flags or file tell it; None without DeepSpeed.
+    deepspeed: Any = None
 
 
 @dataclass
@@ -92,20 +103,23 @@ class RunPlan:
         return content
 
 
-def show(script: TrainingScript, arguments: Arguments, launcher: Any, as_json: bool = False) -> int:
+def show(
+    script: TrainingScript, arguments: Arguments, launcher: Any, as_json: bool = False, machine: str | None = None
+) -> int:
     """
     Print the plan of a run; the exit status.
 
     Args:
         arguments: what the script would be called with.
         launcher: the parsed arguments of `accelerate launch`.
+        machine: "gpu" or "cpu", what the run would have; what this machine has by default.
 
     Raises:
         UserError: the run would be refused, with the same words.
     """
     try:
-        with _without_bars():
-            plan = make(script, arguments, launch_of(launcher, arguments[1]))
+        with _without_bars(), on_machine(machine):
+            plan = make(script, arguments, launch_of(launcher, arguments[1], machine))
     except ConfigurationError as error:
         raise UserError(str(error)) from error
     print(json.dumps(plan.to_dict(), default=str) if as_json else text(plan))
@@ -128,7 +142,32 @@ def _without_bars() -> Iterator[None]:
 # ---- What the launcher would start ----
 
 
-def launch_of(launcher: Any, training_args: Any) -> Launch:
+@contextmanager
+def on_machine(machine: str | None) -> Iterator[None]:
+    """Let what looks for a GPU while arguments are checked find the machine that is planned for."""
+    if machine is None:
+        yield
+        return
+    from transformers import training_args
+
+    from trl_extras.rollouts import vllm
+
+    there = machine == "gpu"
+    stand_ins: list[tuple[Any, str, Any]] = [
+        (training_args, "is_torch_bf16_gpu_available", lambda: there),
+        (training_args, "is_torch_tf32_available", lambda: there),
+        # It would set up a GPU that is not there.
+        (training_args, "enable_tf32", lambda enable: None),
+        (vllm, "has_gpu", lambda: there),
+    ]
+    with ExitStack() as undo:
+        for module, name, stand_in in stand_ins:
+            undo.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, stand_in)
+        yield
+
+
+def launch_of(launcher: Any, training_args: Any, machine: str | None = None) -> Launch:
     """Processes and sharding by the launcher's flags, its configuration file, or the training arguments."""
     import torch
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
@@ -141,25 +180,82 @@ def launch_of(launcher: Any, training_args: Any) -> Launch:
     asked = launcher.multi_gpu or launcher.use_fsdp or launcher.use_deepspeed
     fsdp = bool(launcher.use_fsdp or getattr(training_args, "fsdp", None) or (kind == "FSDP" and not asked))
     deepspeed = bool(launcher.use_deepspeed or training_args.deepspeed or (kind == "DEEPSPEED" and not asked))
-    processes = launcher.num_processes or getattr(defaults, "num_processes", None)
-    if not processes or processes < 1:
-        processes = 1 if training_args.use_cpu else max(torch.cuda.device_count(), 1)
-    sharding, environment = sizing.DDP, {}
+    notes = []
+    here = torch.cuda.is_available()
+    on_cpu = bool(training_args.use_cpu or launcher.cpu or getattr(defaults, "use_cpu", False))
+    if on_cpu and machine == "gpu":
+        raise ConfigurationError(
+            "`--plan_for` is 'gpu', but `use_cpu` (or the launcher's `--cpu`) asks for a run on the CPU: leave one "
+            "out."
+        )
+    gpu = not on_cpu and (here if machine is None else machine == "gpu")
+    processes = launcher.num_processes
+    if processes is None and defaults is not None:
+        processes = defaults.num_processes
+        if processes is not None and processes < 1:
+            raise ConfigurationError(f"`num_processes` of {path} is {processes}, but wants at least 1.")
+    if processes is None:
+        processes = torch.cuda.device_count() if gpu and here else 1
+        if gpu and not here:
+            notes.append("One process is planned, because nothing says how many GPUs there are: `--num_processes`.")
+    if gpu and not here:
+        notes.append("Planned for GPUs, which this machine does not have; the free disk is this machine's.")
+    sharding, environment, ours = sizing.DDP, {}, None
     if fsdp:
         settings = getattr(defaults, "fsdp_config", None) or {}
         version = settings.get("fsdp_version", launcher.fsdp_version)
-        sharding, environment = sizing.FSDP, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": str(version)}
+        environment = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": str(version)}
+        if gpu:
+            sharding = sizing.FSDP
+        else:
+            notes.append(
+                "FSDP is asked for, but without a GPU accelerate runs DDP instead: every process holds the whole "
+                "model. `--plan_for gpu` plans the run on GPUs."
+            )
     if deepspeed:
-        settings = training_args.deepspeed
+        own = getattr(defaults, "deepspeed_config", None) or {}
+        settings = training_args.deepspeed or launcher.deepspeed_config_file or own.get("deepspeed_config_file")
         if isinstance(settings, str) and Path(settings).is_file():
             settings = json.loads(Path(settings).read_text(encoding="utf-8"))
-        stage = (getattr(defaults, "deepspeed_config", None) or {}).get("zero_stage") or launcher.zero_stage
         if isinstance(settings, dict):
-            stage = settings.get("zero_optimization", {}).get("stage", stage)
-        stage = int(stage or 2)
+            stage = int((settings.get("zero_optimization") or {}).get("stage", 0))
+        else:
+            stage = int(launcher.zero_stage or own.get("zero_stage") or 2)
+            settings = {"zero_optimization": {"stage": stage}}
+            for part in ("optimizer", "param"):
+                device = getattr(launcher, f"offload_{part}_device") or own.get(f"offload_{part}_device")
+                settings["zero_optimization"][f"offload_{part}"] = {"device": device or "none"}
+        ours = settings
         sharding = _SHARDINGS.get(stage, sizing.DDP)
         environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
-    return Launch(int(processes), sharding, tuple(environment.items()))
+    machines = launcher.num_machines or getattr(defaults, "num_machines", None) or 1
+    precision = launcher.mixed_precision or getattr(defaults, "mixed_precision", None)
+    return Launch(
+        int(processes), sharding, tuple(environment.items()), int(machines), gpu,
+        None if precision is None else str(precision).lower(), tuple(notes), ours,
+    )  # fmt: skip
+
+
+def _computes_in(cfg: Any, launch: Launch, notes: list[str]) -> bool:
+    """
+    Whether products are computed in 16 bit. transformers takes accelerate's mixed precision where the training
+    arguments ask for none, and accelerate does without float16 on a CPU.
+    """
+    own = "fp16" if cfg.fp16 else "bf16" if cfg.bf16 else None
+    asked = launch.precision
+    used = own or asked or "no"
+    if own is None and used != "no":
+        notes.append(
+            f"`bf16` and `fp16` are false, so that `mixed_precision: {used}` of the accelerate configuration decides."
+        )
+    elif own is not None and asked not in (None, own):
+        notes.append(f"`{own}` decides, not `mixed_precision: {asked}` of the accelerate configuration.")
+    if used == "fp8":
+        notes.append("fp8 is planned like bf16.")
+    if used == "fp16" and not launch.gpu:
+        notes.append("On a CPU accelerate does without fp16's mixed precision.")
+        return False
+    return used != "no"
 
 
 @contextmanager
@@ -192,6 +288,10 @@ def checked(classes: Swap, given: dict[str, Any], launch: Launch) -> Any:
     # Behind the method's classes and in front of TRL's.
     probe: Any = type(classes.trainer.__name__, (classes.trainer, Stop), {})
     trainer = probe.__new__(probe)
+    config = given["args"]
+    if launch.deepspeed is not None and getattr(config, "deepspeed_plugin", None) is None:
+        # As the training arguments of a launched process have it.
+        config.deepspeed_plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(config=launch.deepspeed))
     with _as_launched(launch):
         try:
             trainer.__init__(**given)
@@ -413,7 +513,6 @@ def make(script: TrainingScript, arguments: Arguments, launch: Launch) -> RunPla
         ConfigurationError: the run would be refused.
     """
     import psutil
-    import torch
 
     _, config, model_args, _ = arguments
     classes = script._classes
@@ -422,7 +521,8 @@ def make(script: TrainingScript, arguments: Arguments, launch: Launch) -> RunPla
     trainer = checked(classes, given, launch)
     cfg = trainer.args if hasattr(trainer, "args") else cfg
     model = model_of(given["model"], cfg, model_args, given["peft_config"])
-    notes = list(model.notes)
+    notes = [*launch.notes, *model.notes]
+    autocast = _computes_in(cfg, launch, notes)
     tokenizer, tokenizer_bytes = _tokenizer(given["model"], cfg)
     train, evaluation = given["train_dataset"], given["eval_dataset"]
 
@@ -450,10 +550,10 @@ def make(script: TrainingScript, arguments: Arguments, launch: Launch) -> RunPla
     per_row = 1 if is_sft else 2
     setup = sizing.Setup(
         parameters=model.parameters, decoder=model.decoder, adapter=model.adapter, weight_width=model.weight_width,
-        autocast=bool(cfg.bf16 or cfg.fp16), optimizer=str(getattr(cfg.optim, "value", cfg.optim)),
+        autocast=autocast, optimizer=str(getattr(cfg.optim, "value", cfg.optim)),
         processes=launch.processes, sharding=launch.sharding, accumulates=cfg.gradient_accumulation_steps > 1,
         gradient_checkpointing=bool(cfg.gradient_checkpointing), rows=cfg.per_device_train_batch_size * per_row,
-        tokens=tokens, gpu=torch.cuda.is_available() and not cfg.use_cpu, trained=model.trained,
+        tokens=tokens, gpu=launch.gpu, trained=model.trained,
         weights=model.weights, sides=model.sides, embedding=model.embedding,
         **_method_setup(trainer, cfg, model, is_sft, per_row, evaluation, prompt_tokens, generations, rows),
     )  # fmt: skip
@@ -515,9 +615,12 @@ def _tokenizer(name: str, cfg: Any) -> tuple[Any, int]:
     """The tokenizer as the trainer would load it, and the bytes of its files."""
     from transformers import AutoProcessor
 
-    processor: Any = AutoProcessor.from_pretrained(
-        name, revision=cfg.model_init_kwargs.get("revision"), trust_remote_code=False
-    )
+    try:
+        processor: Any = AutoProcessor.from_pretrained(
+            name, revision=cfg.model_init_kwargs.get("revision"), trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"the tokenizer of the model {name!r} cannot be loaded: {error}") from error
     with tempfile.TemporaryDirectory(prefix="trl-extras-plan-") as folder:
         processor.save_pretrained(folder)
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
@@ -635,6 +738,7 @@ def _saving(trainer: Any, cfg: Any, plan: RoundPlan, strategy: str, model: _Mode
         keeps_rounds=bool(getattr(trainer, "_keeps_rounds", False)), strategy=strategy,
         save_steps=int(every), limit=cfg.save_total_limit, only_model=bool(cfg.save_only_model),
         keep_iterates=bool(getattr(cfg, "keep_iterates", False)), ends_extrapolated=aside,
+        makes_rows=bool(getattr(trainer, "_makes_rows", False)), waits=getattr(trainer, "_judge", None) == EXTERNAL,
     )  # fmt: skip
 
 
@@ -665,10 +769,6 @@ def _files(
 # ---- What is printed ----
 
 
-def _gb(size: float) -> str:
-    return f"{size / sizing.GB:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
-
-
 def text(plan: RunPlan) -> str:
     """The plan for people."""
     lines = []
@@ -676,6 +776,7 @@ def text(plan: RunPlan) -> str:
     where = f"{launch.processes} process{'es' if launch.processes != 1 else ''}"
     if launch.processes > 1:
         where += f", {launch.sharding}"
+    where += f", {'a GPU each' if launch.gpu else 'no GPU'}"
     lines.append(f"Plan of `trl-extras {plan.method}` on {where}; nothing is trained, loaded or written.")
     count = "unknown size" if model["parameters"] is None else f"{model['parameters']:,} parameters"
     trained = "" if not model["adapter"] else f", of an adapter {model['trained']:,} trained"
@@ -712,10 +813,10 @@ def text(plan: RunPlan) -> str:
         lines.append("Disk: unknown")
     else:
         lines.append(
-            f"Disk: {_gb(plan.disk.peak)} at its peak, {_gb(plan.disk.left)} at the end; {_gb(plan.free_disk)} are "
-            "free"
+            f"Disk: {shown(plan.disk.peak)} at its peak, {shown(plan.disk.left)} at the end; "
+            f"{shown(plan.free_disk)} are free"
         )
-        lines += [f"  {name:<28}{_gb(size):>12}" for name, size in plan.disk.parts.items()]
+        lines += [f"  {name:<28}{shown(size):>12}" for name, size in plan.disk.parts.items()]
         if plan.disk.peak > plan.free_disk:
             lines.append("  This is not enough: lower `save_total_limit`, or use another `output_dir`.")
     lines.append("")
@@ -725,16 +826,19 @@ def text(plan: RunPlan) -> str:
         atleast = "at least " if plan.memory.unknown else ""
         kind = "GPU memory" if batch["gpu"] else "Memory"
         highest = plan.memory.highest
-        lines.append(f"{kind} of a process: {atleast}{_gb(plan.memory.peak)} at its peak ({highest})")
+        lines.append(f"{kind} of a process: {atleast}{shown(plan.memory.peak)} at its peak ({highest})")
         for name, size in plan.memory.phases[highest].items():
-            lines.append(f"  {name:<28}{'unknown' if size is None else _gb(size):>12}")
-        others = [
-            f"{phase} {_gb(plan.memory.total(parts))}"
-            for phase, parts in plan.memory.phases.items()
-            if phase != highest
-        ]
+            lines.append(f"  {name:<28}{'unknown' if size is None else shown(size):>12}")
+        if launch.processes > 1 and launch.machines == 1:
+            total = launch.processes * plan.memory.peak
+            lines.append(f"  all {launch.processes} processes of the machine: {atleast}{shown(total)}")
+        others = {phase: parts for phase, parts in plan.memory.phases.items() if phase != highest}
         if others:
-            lines.append(f"  other phases: {'; '.join(others)}")
+            lines.append("  other phases:")
+        for phase, parts in others.items():
+            known = ", ".join(f"{name} {'unknown' if size is None else shown(size)}" for name, size in parts.items())
+            line = f"    {phase}: {shown(plan.memory.total(parts))} ({known})"
+            lines += textwrap.wrap(line, 119, subsequent_indent=" " * 6, break_long_words=False)
     if plan.notes:
         lines += ["", *(f"- {note}" for note in plan.notes)]
     return "\n".join(lines)

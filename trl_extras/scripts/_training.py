@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,7 +73,8 @@ class TrainingScript:
             usage="%(prog)s [--config recipe.yaml] [flags]",
             description=f"{self.summary} Every flag is a key of the YAML file too, and wins over it. `{self.prog}` "
             "also takes the flags of `accelerate launch`, and --accelerate_config; with --plan it says what the run "
-            "would take (steps, disk, memory) and trains nothing, with --plan_json the same as JSON.",
+            "would take (steps, disk, memory) and trains nothing, with --plan_json the same as JSON; --plan_for gpu "
+            "(or cpu) plans for a machine with GPUs (or without), whatever this one has.",
         )
         return parser
 
@@ -104,14 +106,28 @@ class TrainingScript:
         from datasets import load_dataset
         from trl import get_dataset, get_peft_config, get_quantization_config
 
-        if dataset_args.datasets:
-            if script_args.dataset_name:
-                get_logger(__name__).warning("`datasets` is given, so `dataset_name` is not used.")
-            dataset: Any = get_dataset(dataset_args)
-        else:
-            dataset = load_dataset(
-                script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
-            )
+        from trl_extras.errors import ConfigurationError
+
+        _refuse_missing_folder(str(model_args.model_name_or_path))
+        train_split, test_split = script_args.dataset_train_split, script_args.dataset_test_split
+        where = "`datasets`" if dataset_args.datasets else f"`dataset_name` ({script_args.dataset_name!r})"
+        if dataset_args.datasets and script_args.dataset_name:
+            get_logger(__name__).warning("`datasets` is given, so `dataset_name` is not used.")
+        try:
+            if dataset_args.datasets:
+                dataset: Any = get_dataset(dataset_args)
+            else:
+                dataset = load_dataset(
+                    script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+                )
+        except Exception as error:
+            raise ConfigurationError(f"{where}, split {train_split!r}, cannot be loaded: {error}") from error
+        evaluates = training_args.eval_strategy != "no"
+        for field, split in (("dataset_train_split", train_split), ("dataset_test_split", test_split)):
+            if split not in dataset and (evaluates or field == "dataset_train_split"):
+                raise ConfigurationError(
+                    f"{where}, split {split!r}, cannot be loaded: it has {', '.join(dataset)} (`{field}`)."
+                )
 
         # What the user put into `model_init_kwargs` is the more specific wish.
         training_args.model_init_kwargs = {
@@ -121,12 +137,11 @@ class TrainingScript:
             "dtype": model_args.dtype,
             **(training_args.model_init_kwargs or {}),
         }
-        evaluates = training_args.eval_strategy != "no"
         return {
             "model": model_args.model_name_or_path,
             "args": training_args,
-            "train_dataset": dataset[script_args.dataset_train_split],
-            "eval_dataset": dataset[script_args.dataset_test_split] if evaluates else None,
+            "train_dataset": dataset[train_split],
+            "eval_dataset": dataset[test_split] if evaluates else None,
             "quantization_config": get_quantization_config(model_args),
             "peft_config": get_peft_config(model_args),
         }
@@ -169,6 +184,14 @@ class TrainingScript:
             raise SystemExit(report(error, self.prog)) from None
         except ConfigurationError as error:
             raise SystemExit(report(UserError(str(error)), self.prog)) from None
+
+
+def _refuse_missing_folder(model: str) -> None:
+    """Refuse what can only be a path and is not there: transformers would look for it on the Hub."""
+    from trl_extras.errors import ConfigurationError
+
+    if (model.startswith((os.sep, ".", "~")) or model.count("/") > 1) and not os.path.isdir(model):
+        raise ConfigurationError(f"`model_name_or_path` is {model!r}, but there is no such folder.")
 
 
 def _sections(config: type[Any], others: Sequence[type[Any]]) -> dict[str, str]:

@@ -174,9 +174,13 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
             self._check_precision()
         if self._spo_rows is not None and config.optimum is None:
             model = self.accelerator.unwrap_model(self.model)
-            key = model_fingerprint(model, str(self.accelerator.mixed_precision))
             # Where it is loaded to save memory, the other processes have nothing in it yet.
-            self._spo_floor_key = f"{sharding.of_main(key)} {self._spo_rows.fingerprint}"
+            precision = str(self.accelerator.mixed_precision)
+            if sharding.is_sharded(model):
+                found = model_fingerprint(model, precision)
+            else:
+                found = sharding.from_main(lambda: model_fingerprint(model, precision))
+            self._spo_floor_key = f"{found} {self._spo_rows.fingerprint}"
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 # In front, so that the model is still the one that was handed in.
                 self.callback_handler.callbacks.insert(0, _FloorAtStart(self))
