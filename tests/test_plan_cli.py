@@ -154,11 +154,16 @@ def test_shards(planned: Callable[..., Any], tmp_path: Path) -> None:
 def test_the_configurations_of_the_repository(planned: Callable[..., Any], tmp_path: Path) -> None:
     configs = Path(__file__).parents[1] / "recipes/accelerate_configs"
     gpus: dict[str, Any] = {"plan_for": "gpu", "use_cpu": None, "bf16": True, "num_rounds": 2}
+    checkpoints = {}
     for name, sharding in (
         ("ddp", sizing.DDP), ("fsdp2", sizing.FSDP), ("zero2", sizing.ZERO2), ("zero3", sizing.ZERO3),
     ):  # fmt: skip
         said = planned("apo", "--accelerate_config", str(configs / f"{name}.yaml"), **gpus)
         assert (said["launch"]["processes"], said["launch"]["sharding"]) == (8, sharding), name
+        checkpoints[name] = said["disk"]["parts"]["checkpoints"]
+    # float32 masters beside 16-bit weights; accelerate's own copy of the model beside transformers'.
+    assert checkpoints["zero3"] == checkpoints["zero2"]
+    assert checkpoints["fsdp2"] > checkpoints["ddp"]
     offload = ("--use_deepspeed", "--zero_stage", "3", "--offload_optimizer_device", "cpu")
     assert "`offload_optimizer` in the DeepSpeed configuration does not work" in planned("apo", *offload, **gpus)
     assert "DeepSpeed with ZeRO 1 does not work" in planned("apo", "--use_deepspeed", "--zero_stage", "1", **gpus)

@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 from .. import __version__, sizing
 from ..errors import ConfigurationError
-from . import checkpoints, durable, zero
+from . import checkpoints, durable, sharding, zero
 from .data import RoundDataBuilder, RoundDataset, group_keys, rows_fingerprint, split_folds
 from .plan import RoundPlan, restarting
 from .saving import NonFiniteError, WholeCheckpoints, asked_for, fsdp_version
@@ -1182,17 +1182,22 @@ class RoundsTrainer(WholeCheckpoints):
         assert self._weights is not None
         assert self._plan is not None
         # The same formula as `--plan`, with every copy as large as the largest.
-        trained = sum(
-            getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.model.parameters() if p.requires_grad
+        masters = sharding.has_masters(self.model)
+        # Two moments; DeepSpeed has its masters and moments in float32, and FSDP2 its own copy of what is trained.
+        optimizer = sum(
+            sharding.shape_of(p).numel() * (12 if masters else (3 if sharded else 2) * p.element_size())
+            for sharded in [self._weights.sharded]
+            for p in self.model.parameters()
+            if p.requires_grad
         )
-        files = sizing.full_files(self._weights.nbytes, self._plan.num_rounds, optimizer=2 * trained)
+        files = sizing.full_files(self._weights.nbytes, self._plan.num_rounds, optimizer=optimizer)
         use = sizing.disk(files, self._saving())
         target = next(path for path in [self._output_dir, *self._output_dir.parents] if path.is_dir())
         free = shutil.disk_usage(target).free
         parts = ", ".join(f"{sizing.shown(size)} for the {part}" for part, size in use.parts.items())
         message = f"disk: at most {sizing.shown(use.peak)} ({parts}); {sizing.shown(free)} are free."
         if use.peak > free:
-            logger.warning(f"{message} This may not be enough: lower `save_total_limit` or use another `output_dir`.")
+            self._warn(f"{message} This may not be enough: lower `save_total_limit` or use another `output_dir`.")
         else:
             self._say(message)
 

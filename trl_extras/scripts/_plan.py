@@ -750,6 +750,10 @@ def _files(
     others: dict[str, Any] = {"tokenizer": float(tokenizer), "optimizer": state or 0.0}
     if setup.deepspeed:
         others["optimizer"] += 4.0 * setup.trains
+    if setup.sharding == sizing.FSDP:
+        # A full state dict lies in a checkpoint twice: as transformers' model, and as accelerate's.
+        held = setup.trains if model.adapter is not None else model.parameters
+        others["optimizer"] += float(held * setup.trained_width)
     if setup.reference_rows and rounds > 1:
         others["rows"] = 8.0 * rows
     if generations:
