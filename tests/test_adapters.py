@@ -411,10 +411,11 @@ def test_processes_that_drew_other_values_begin_alike(base: Path, monkeypatch: p
     first = LoraRounds(passed(base, trained=False), True, 0, 3)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
 
     def broadcast(values: list[Any]) -> None:
-        if isinstance(values[0], dict):
-            values[0] = copy.deepcopy(first._current())
+        # The base's hash, at which the first process alone looks; then the factors.
+        values[0] = first._base if values[0] is None else copy.deepcopy(first._current())
 
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
     set_seed(99)

@@ -402,6 +402,7 @@ def test_refused(make_spo: Any, monkeypatch: Any, tmp_path: Path, setting: dict[
         if setting.pop(f"{name}_env", False):
             # As after `accelerate launch` with such a configuration.
             monkeypatch.setattr(spo_trainer, "asked_for", lambda plugin, name=name: plugin == name.upper())
+            monkeypatch.setattr(spo_trainer, "fsdp_version", lambda config, name=name: 1 if name == "fsdp" else None)
     if "sft_dataset" in setting:
         setting["sft_dataset"] = sets[setting["sft_dataset"]]
     if "data" in setting:
