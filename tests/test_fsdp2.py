@@ -23,7 +23,7 @@ MIXED = [("apo, reference ahead", "LoRA"), ("apo", "full")]
 
 
 # Where upstream's `save_model` leaves nothing that could be loaded.
-SHARDED = [("apo", "full"), ("apo", "LoRA"), ("spr, offline", "LoRA")]
+SHARDED = [("apo", "full"), ("apo", "LoRA")]
 
 
 def main(folder: Path) -> None:
