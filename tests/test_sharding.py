@@ -201,6 +201,10 @@ def a_forward_leaves_no_stale_copies(folder: Path, rank: int) -> None:
         found = model(input_ids=ids).logits
         wanted = make(6)(input_ids=ids).logits
     torch.testing.assert_close(found, wanted)
+    # As a backward does: what has been written has to be there still.
+    model.reshard()
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, wanted)
 
 
 @on_two_processes

@@ -166,9 +166,13 @@ def settle(model: torch.nn.Module) -> None:
     Give back the whole weights that FSDP2 has kept from a forward without a backward. They would be what is looked at
     and written to, and be thrown away later.
     """
-    modules: list[Any] = [m for m in model.modules() if hasattr(m, "reshard") and hasattr(m, "unshard")]
-    for module in modules:
+    for module in _units(model):
         module.reshard()
+
+
+def _units(model: torch.nn.Module) -> list[Any]:
+    """The modules whose weights FSDP2 gathers at a time."""
+    return [module for module in model.modules() if hasattr(module, "reshard") and hasattr(module, "unshard")]
 
 
 @contextmanager
@@ -177,7 +181,7 @@ def gathered(model: torch.nn.Module) -> Iterator[None]:
     Every process holds the whole model, so that each can run it as often as it likes: sampling takes as many forwards
     as the longest completion has tokens. All processes enter and leave together; weights must not be written inside.
     """
-    modules: list[Any] = [m for m in model.modules() if hasattr(m, "reshard") and hasattr(m, "unshard")]
+    modules = _units(model)
     with resharding_of(modules) if modules else nullcontext(), zero.gathered(model):
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)

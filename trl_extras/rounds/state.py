@@ -262,7 +262,7 @@ class FullWeights(TrainableState):
         open_file: dict[int, int] = {}
         filled: dict[int, int] = {}
         for name, weight in self._saved():
-            size = sharding.shape_of(weight).numel() * sharding.dtype_of(weight).itemsize
+            size = _size_of(weight)
             owner = held.index(min(held))
             if owner not in open_file or filled[owner] + size > _FILE_BYTES:
                 open_file[owner], filled[owner] = len(files), 0
