@@ -252,12 +252,31 @@ def test_an_overflow_names_the_tensor(dtype: torch.dtype) -> None:
     assert same_bits(extrapolate(almost, almost, 0.5)["b"], almost["b"])
 
 
-def test_what_was_not_finite_before_is_passed_on() -> None:
-    new, old = torch.tensor([math.inf, math.nan, 1.0]), torch.tensor([1.0, 1.0, 0.0])
-    result = extrapolate_tensor(new, old, 0.5)
-    assert result[0] == math.inf
-    assert result[1].isnan()
-    assert result[2] == 1.5
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_equal_infinities_stay(dtype: torch.dtype) -> None:
+    """Masks that are stored as buffers."""
+    new = torch.tensor([-math.inf, math.inf, 1.0], dtype=dtype)
+    old = torch.tensor([-math.inf, math.inf, 0.0], dtype=dtype)
+    expected = torch.tensor([-math.inf, math.inf, 1.5], dtype=dtype)
+    assert same_bits(extrapolate_tensor(new, old, 0.5), expected)
+    assert extrapolate_exactly(new, old, 0.5).tolist() == expected.tolist()
+    assert extrapolate_(new.clone(), old, 0.5) == 1.0
+    assert difference({"mask": new}, {"mask": old})["mask"].tolist() == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("new", "old"), [(math.inf, 1.0), (1.0, -math.inf), (math.inf, -math.inf), (math.nan, 1.0), (math.nan, math.nan)]
+)
+def test_what_is_not_finite_is_named(new: float, old: float) -> None:
+    states = (
+        {"good": torch.ones(2), "bad": torch.tensor([2.0, new])},
+        {
+            "good": torch.ones(2),
+            "bad": torch.tensor([1.0, old]),
+        },
+    )
+    with pytest.raises(ValueError, match=f"^'bad': an element is {new} in `new` and {old} in `old`"):
+        extrapolate(*states, alpha=0.5)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

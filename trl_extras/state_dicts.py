@@ -77,9 +77,11 @@ def extrapolate_tensor(new: Tensor, old: Tensor, alpha: float) -> Tensor:
         A new tensor with the shape, dtype and device of `new`; for integers and bools a copy of `new`. Besides it,
         only two pieces of a bounded size are allocated.
 
+    Where `new` equals `old` the result is `new`, infinities included (masks that are stored as buffers).
+
     Raises:
-        ValueError: `alpha` cannot be used; shape or dtype differ; the tensors are complex or 8-bit floats; `new` and
-            `old` are finite and the result is not (it overflowed the dtype).
+        ValueError: `alpha` cannot be used; shape or dtype differ; the tensors are complex or 8-bit floats; another
+            element of the result is not finite: it overflowed the dtype, or `new` or `old` is a nan or an infinity.
     """
     out = new.detach().clone()
     extrapolate_(out, old, alpha)
@@ -96,7 +98,7 @@ def extrapolate_(new: Tensor, old: Tensor, alpha: float) -> float:
         float32 inside a piece). 0.0 for integers and bools.
 
     Raises:
-        ValueError: as `extrapolate_tensor`. After an overflow the beginning of `new` has been written already.
+        ValueError: as `extrapolate_tensor`; the beginning of `new` may have been written already.
     """
     alpha = check_alpha(alpha)
     _check_tensor(new, old, "new", "old", name=None)
@@ -121,7 +123,12 @@ def extrapolate_(new: Tensor, old: Tensor, alpha: float) -> float:
         acc.copy_(new_piece)
         delta.copy_(old_piece)
         torch.sub(acc, delta, out=delta)
-        squared_momentum += float(torch.linalg.vector_norm(delta)) ** 2
+        norm = float(torch.linalg.vector_norm(delta))
+        if math.isnan(norm):
+            # An infinity minus itself, if not worse.
+            delta.masked_fill_(new_piece == old_piece.to(new.device), 0.0)
+            norm = float(torch.linalg.vector_norm(delta))
+        squared_momentum += norm**2
         if alpha == 0:
             continue  # adding 0 would turn a negative zero into a positive one
         delta.mul_(alpha)
@@ -130,11 +137,23 @@ def extrapolate_(new: Tensor, old: Tensor, alpha: float) -> float:
         # The extremes tell in one pass that all is well; only if they do not is it worth asking element by element.
         low, high = torch.aminmax(acc)
         if not (bool(low >= -largest) and bool(high <= largest)):
-            overflowed = new_piece.isfinite() & old_piece.to(new.device).isfinite() & ~acc.to(new.dtype).isfinite()
-            if overflowed.any():
-                raise ValueError(_overflow(new, alpha))
+            _check_finite(acc.to(new.dtype), new_piece, old_piece.to(new.device), alpha)
         new_piece.copy_(acc)
     return squared_momentum
+
+
+def _check_finite(result: Tensor, new: Tensor, old: Tensor, alpha: float) -> None:
+    """Raise a ValueError for an element that is not finite, unless `new` and `old` agree there."""
+    wrong = ~result.isfinite() & (new != old)
+    if not wrong.any():
+        return
+    at = int(wrong.nonzero()[0])
+    if bool(new[at].isfinite()) and bool(old[at].isfinite()):
+        raise ValueError(_overflow(new, alpha))
+    raise ValueError(
+        f"an element is {new[at].item()} in `new` and {old[at].item()} in `old`, which cannot be extrapolated: use "
+        "checkpoints of finite weights."
+    )
 
 
 def extrapolate(new: Mapping[str, Tensor], old: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
@@ -159,7 +178,8 @@ def extrapolate(new: Mapping[str, Tensor], old: Mapping[str, Tensor], alpha: flo
     Raises:
         ValueError: before any arithmetic, if `alpha` is negative or not finite, and naming the first tensor that is in
             one state dict only, or whose shape, dtype or ties differ, or that is complex or an 8-bit float. During
-            it, naming the tensor, if finite inputs overflow the dtype (float16: above 65504).
+            it, naming the tensor, if finite inputs overflow the dtype (float16: above 65504), or one of two that
+            differ is a nan or an infinity.
 
     Example:
 
@@ -208,8 +228,10 @@ def difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Te
             continue
         seen.add(key)
         dtype = _accumulation_dtype(tensor)
-        minuend = tensor.detach().to(dtype, copy=True)
-        result[name] = minuend.sub_(b[name].detach().to(device=tensor.device, dtype=dtype))
+        subtrahend = b[name].detach().to(device=tensor.device)
+        minuend = tensor.detach().to(dtype, copy=True).sub_(subtrahend.to(dtype))
+        # Equal infinities are no difference.
+        result[name] = minuend.masked_fill_(minuend.isnan() & (tensor.detach() == subtrahend), 0.0)
     return result
 
 

@@ -10,7 +10,8 @@ def extrapolate_exactly(new: Tensor, old: Tensor, alpha: float) -> Tensor:
     """
     values = []
     for new_value, old_value in zip(new.flatten().tolist(), old.flatten().tolist(), strict=True):
-        values.append(new_value + alpha * (new_value - old_value))
+        # An infinity minus itself is a nan.
+        values.append(new_value if new_value == old_value else new_value + alpha * (new_value - old_value))
     return torch.tensor(values, dtype=torch.float64).reshape(new.shape)
 
 
