@@ -322,7 +322,8 @@ def test_reuse_trains_every_round_on_all_rows(make_apo: Any) -> None:
 def test_rounds_jsonl_norms_and_cosine(make_apo: Any, base: Path, tmp_path: Path) -> None:
     alphas = [0.3, 0.6, 0.9]
     common = {"optim": "sgd", "learning_rate": 0.3}
-    trainer = make_apo(extrapolation_alpha=alphas, **common)
+    trackers = tiny.Trackers()
+    trainer = make_apo(extrapolation_alpha=alphas, callbacks=[trackers], **common)
     trainer.train()
     rows = [json.loads(line) for line in (tmp_path / "out/rounds.jsonl").read_text().splitlines()]
     assert rows == trainer.round_summaries
@@ -346,7 +347,7 @@ def test_rounds_jsonl_norms_and_cosine(make_apo: Any, base: Path, tmp_path: Path
             cosine = torch.nn.functional.cosine_similarity(update, before, dim=0).item()
             assert row["update_cosine"] == pytest.approx(cosine, abs=1e-3)
         assert row["train"]["loss"] == pytest.approx(losses(trainer)[4 * t + 3])
-    logged = [e for e in trainer.state.log_history if "round/update_norm" in e]
+    logged = [e for e in trackers.rows if "round/update_norm" in e]
     assert [e["round/alpha"] for e in logged] == alphas
 
 

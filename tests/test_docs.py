@@ -257,7 +257,10 @@ def test_docstrings_say_the_defaults() -> None:
 
 @pytest.mark.parametrize("builder", [False, True], ids=["folds", "builder"])
 def test_keys_of_a_run_are_those_that_are_documented(make_apo: Any, tmp_path: Path, builder: bool) -> None:
-    trainer = make_apo(num_rounds=2, eval_dataset=tiny.make_pairs(4, seed=3), eval_strategy="epoch")
+    trackers = tiny.Trackers()
+    trainer = make_apo(
+        num_rounds=2, eval_dataset=tiny.make_pairs(4, seed=3), eval_strategy="epoch", callbacks=[trackers]
+    )
     if builder:
         trainer.round_data_builder = lambda round_index, policy, seed: tiny.make_pairs(12, seed=round_index)
     trainer.train()
@@ -265,7 +268,7 @@ def test_keys_of_a_run_are_those_that_are_documented(make_apo: Any, tmp_path: Pa
     keys = [row[0].strip("`") for row in table(section(ROOT / "docs/apo.md", "rounds.jsonl"), "key")]
     for row in rows:
         assert list(row) == keys, "in the order of the table"
-    logged = {key for entry in trainer.state.log_history for key in entry if key.startswith("round/")}
+    logged = {key for entry in trackers.rows for key in entry if key.startswith("round/")}
     assert logged == {row[0].strip("`") for row in table(section(ROOT / "docs/apo.md", "The logger"), "key")}
 
 
@@ -310,6 +313,7 @@ def test_keys_of_an_spr_run_are_those_that_are_documented(base: Path, tmp_path: 
         log_metric("seen", len(completions))
         return [float(sum(map(ord, text)) % 7) for text in completions]
 
+    trackers = tiny.Trackers()
     data = tiny.make_sft_rows(8)
     settings: dict[str, Any] = {"num_generations": 2, "max_completion_length": 4}
     if kind == "sampled":
@@ -326,6 +330,7 @@ def test_keys_of_an_spr_run_are_those_that_are_documented(base: Path, tmp_path: 
         eval_dataset=tiny.make_sft_rows(3, seed=3),
         processing_class=tiny.make_tokenizer(),
         reward_funcs=None if kind == "offline" else reward,
+        callbacks=[trackers],
     )
     trainer.train()
     rows = [json.loads(line) for line in (tmp_path / "out/rounds.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -348,7 +353,7 @@ def test_keys_of_an_spr_run_are_those_that_are_documented(base: Path, tmp_path: 
         for key, value in row.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     }
-    logged = {key for entry in trainer.state.log_history for key in entry if key.startswith("round/")}
+    logged = {key for entry in trackers.rows for key in entry if key.startswith("round/")}
     assert {key for key in logged if key.count("/") == 1} == numbers
     assert {key.split("/")[1] for key in logged if key.count("/") > 1} <= set(documented)
 

@@ -67,7 +67,8 @@ def rollouts(trainer: Any, name: str) -> list[dict[str, Any]]:
 
 
 def test_a_run_on_prompts(make: Any, tmp_path: Path) -> None:
-    trainer = make(eval_dataset=make_prompts(7, seed=9))
+    trackers = tiny.Trackers()
+    trainer = make(eval_dataset=make_prompts(7, seed=9), callbacks=[trackers])
     trainer.train()
     trainer.save_model()
     assert [row["pairs"] for row in trainer.round_summaries] == [6, 6]
@@ -95,7 +96,7 @@ def test_a_run_on_prompts(make: Any, tmp_path: Path) -> None:
                 assert row["reward"][row["rejected"]] == min(row["reward"])
     seeds = [{row["seed"] for row in rollouts(trainer, f"round-{t:04d}")} for t in range(2)]
     assert not seeds[0] & seeds[1]
-    logged = {name for entry in trainer.state.log_history for name in entry}
+    logged = {name for entry in trackers.rows for name in entry}
     assert {"round/reward_mean", "round/pairs", "round/heldout_iterate/reward"} <= logged
     card = (tmp_path / "out" / "README.md").read_text()
     for column in (

@@ -28,7 +28,6 @@ from tests import tiny
 from trl_extras import APOConfig, APOTrainer
 from trl_extras.rounds import NonFiniteError, RoundDataBuilder, RoundPlan, RoundsConfig, RoundsTrainer, durable
 from trl_extras.rounds.data import RoundDataset, group_keys, rows_fingerprint, split_folds
-from trl_extras.rounds.plan import restarting
 
 
 # For monkeypatch.setattr: what is refused is refused before any weights load.
@@ -49,12 +48,6 @@ def test_plan() -> None:
     assert [plan.round_of(s) for s in (0, 4, 5, 14, 15, 19, 20)] == [0, 0, 1, 1, 2, 2, 2]
     assert [plan.round_of_checkpoint(s) for s in (0, 1, 5, 6, 15, 16, 20)] == [0, 0, 0, 1, 1, 2, 2]
     assert [plan.starts_at(s) for s in (0, 3, 5, 10, 15, 20)] == [0, None, 1, None, 2, None]
-
-
-def test_restarting_schedule() -> None:
-    plan = RoundPlan((1, 2), 2)
-    factor = restarting(plan, [lambda s: 1 - s / 2, lambda s: 1 - s / 4])
-    assert [factor(s) for s in range(7)] == [1, 0.5, 1, 0.75, 0.5, 0.25, 0]
 
 
 def test_folds_are_disjoint_equal_ordered_and_drawn_with_the_seed() -> None:

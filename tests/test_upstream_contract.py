@@ -23,7 +23,6 @@ import trl
 from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 from transformers.training_args import OptimizerNames
@@ -84,6 +83,7 @@ FOREIGN_ATTRIBUTES = {
     "_option_string_actions": "test_argparse",
     "_auto_reshard_after_forward": "test_fsdp2_keeps_how_it_reshards_in_groups",
     "_dp_group": "test_deepspeed_is_pinned_elsewhere",
+    "_created_lr_scheduler": "test_the_scheduler_is_made_anew_and_for_the_steps_that_are_given",
     "_ddp_params_and_buffers_to_ignore": "test_ddp_reads_the_buffers_to_ignore",
     "_finish_current_push": "test_a_push_can_be_waited_for",
     "_from_config": "test_an_empty_model_is_made_of_a_config",
@@ -94,10 +94,10 @@ FOREIGN_ATTRIBUTES = {
     "_hp_mapping": "test_deepspeed_is_pinned_elsewhere",
     "_hp_optimizer_states_linked": "test_deepspeed_is_pinned_elsewhere",
     "_is_root": "test_fsdp2_keeps_how_it_reshards_in_groups",
-    "_last_lr": "test_schedules_are_functions_of_the_step",
     "_metrics": "test_metrics_are_lists_that_log_averages",
     "_name": "test_card_attributes",
     "_name_or_path": "test_a_model_knows_where_it_came_from",
+    "_load_best_model": "test_the_best_model_is_loaded_by_one_method",
     "_load_from_checkpoint": "test_a_resume_loads_the_adapter_by_one_method",
     "_paper": "test_card_attributes",
     "_precompute_model_hash": "test_the_model_hash_keys_the_cache_of_reference_log_probs",
@@ -215,6 +215,26 @@ def test_a_resume_loads_the_adapter_by_one_method(tmp_path: Path, monkeypatch: p
     assert asked == [str(tmp_path / "checkpoint-1")]
 
 
+def test_the_best_model_is_loaded_by_one_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else: the best model is loaded by name, and what was saved under other names stays the last one's."""
+    asked: list[str] = []
+    monkeypatch.setattr(Trainer, "_load_best_model", lambda self: asked.append(self.state.best_model_checkpoint))
+    trainer = DPOTrainer(
+        model=tiny.make_model(),
+        args=DPOConfig(
+            **tiny.arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, eval_strategy="steps"),
+            eval_steps=1,
+            load_best_model_at_end=True,
+        ),
+        train_dataset=tiny.make_pairs(12),
+        eval_dataset=tiny.make_pairs(4, seed=3),
+        ref_model=tiny.make_model(),
+        processing_class=tiny.make_tokenizer(),
+    )
+    trainer.train()
+    assert asked == [trainer.state.best_model_checkpoint]
+
+
 def test_a_passed_adapter_has_a_copy_as_reference(tmp_path: Path) -> None:
     """Else: rounds would leave it in the output, or take the wrong reference."""
     trainer = DPOTrainer(
@@ -280,8 +300,7 @@ def test_our_names_hide_nothing_of_upstreams_by_accident() -> None:
             "train", "training_step",
         },
         RoundsTrainer: {
-            *_compat.OVERRIDDEN_LOADING, "_save_checkpoint", "create_optimizer", "create_scheduler", "save_model",
-            "set_initial_training_values", "train",
+            "_load_from_checkpoint", "_save_checkpoint", "save_model", "set_initial_training_values", "train",
         },
         RolloutsTrainer: {*_compat.OVERRIDDEN_DATA_METHODS, "evaluate"},
         APOTrainer: {*_compat.OVERRIDDEN_DPO_METHODS, "_name", "_paper", "_tag_names"},
@@ -296,7 +315,7 @@ def test_our_names_hide_nothing_of_upstreams_by_accident() -> None:
     }  # fmt: skip
     set_on_purpose = {
         WholeCheckpoints: {"is_in_train"},
-        RoundsTrainer: {"args", "train_dataset", "lr_scheduler"},
+        RoundsTrainer: {"args", "control", "train_dataset", "optimizer", "lr_scheduler"},
         RolloutsTrainer: set(),
         APOTrainer: {*_compat.DPO_ATTRIBUTES, "eval_dataset"} - {"precompute_ref_logps"},
         SPOTrainer: {*_compat.SPO_ATTRIBUTES, "ref_model"} - {"_metrics"},
@@ -541,36 +560,50 @@ def test_a_checkpoint_goes_where_get_output_dir_says(make_dpo: Any, tmp_path: Pa
     assert finished.is_dir(), "only the folder that it was told of is rotated"
 
 
-def test_schedules_are_functions_of_the_step() -> None:
-    """Else: a schedule that we allow cannot start again in every round."""
+def test_the_state_of_a_schedule_does_not_hold_its_length() -> None:
+    """Else: a run that resumes inside a round goes on with the schedule that upstream makes for the whole run."""
     needed: dict[str, dict[str, Any]] = {
         "cosine_with_min_lr": {"min_lr": 1e-6},
         "cosine_warmup_with_min_lr": {"min_lr": 1e-6},
         "warmup_stable_decay": {"num_decay_steps": 2},
     }
+
+    def make(kind: Any, steps: int) -> tuple[Any, Any]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = transformers.get_scheduler(
+            kind, optimizer, num_warmup_steps=1, num_training_steps=steps,
+            scheduler_specific_kwargs=needed.get(kind.value),
+        )  # fmt: skip
+        return optimizer, scheduler
+
+    def step(optimizer: Any, scheduler: Any) -> float:
+        optimizer.step()
+        scheduler.step()
+        return optimizer.param_groups[0]["lr"]  # type: ignore[no-any-return]
+
     for kind in SchedulerType:
         if kind.value in rounds_config._METRIC_SCHEDULES:
             continue
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        scheduler = transformers.get_scheduler(
-            kind, optimizer, num_warmup_steps=1, num_training_steps=6,
-            scheduler_specific_kwargs=needed.get(kind.value),
-        )  # fmt: skip
-        assert isinstance(scheduler, LambdaLR), kind
-        for step in range(4):
-            assert optimizer.param_groups[0]["lr"] == scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step), kind
-            assert scheduler._last_lr == [optimizer.param_groups[0]["lr"]]
-            optimizer.step()
-            scheduler.step()
+        whole = make(kind, 6)
+        rates = [step(*whole) for _ in range(5)]
+        before, upstreams = make(kind, 6), make(kind, 18)
+        assert [step(*before) for _ in range(3)] == rates[:3], kind
+        upstreams[1].load_state_dict(before[1].state_dict())
+        again = make(kind, 6)
+        again[1].load_state_dict(upstreams[1].state_dict())
+        assert [step(*again) for _ in range(2)] == rates[3:], kind
 
 
 def test_the_scheduler_is_made_anew_and_for_the_steps_that_are_given(make_dpo: Any) -> None:
     """Else: every round has the whole run's schedule."""
     trainer = make_dpo(learning_rate=1.0)
-    optimizer = trainer.create_optimizer()
-    first = trainer.create_scheduler(4, optimizer)
-    trainer.lr_scheduler = None
-    second = trainer.create_scheduler(8, optimizer)
+    assert not trainer._created_lr_scheduler
+    trainer.create_optimizer()
+    trainer.create_scheduler(num_training_steps=4)
+    first, trainer.lr_scheduler = trainer.lr_scheduler, None
+    trainer.create_scheduler(num_training_steps=8)
+    second = trainer.lr_scheduler
+    assert trainer._created_lr_scheduler
     assert first is not second
     assert (first.lr_lambdas[0](2), second.lr_lambdas[0](2)) == (0.5, 0.75)
 

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 
 WORDS = ["<pad>", "<eos>", "<unk>", "<user>", "<bot>"] + [f"w{i}" for i in range(59)]
@@ -110,6 +110,16 @@ def arguments(output_dir: Path | str, **kwargs: Any) -> dict[str, Any]:
         "dataloader_pin_memory": False,
         **kwargs,
     }
+
+
+class Trackers(TrainerCallback):
+    """What a run gives to its trackers, call by call."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.rows.append(dict(logs))
 
 
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:

@@ -21,8 +21,8 @@ TRAINER_STATE_NAME = "trainer_state.json"
 
 # Overridden by the rounds mixin (transformers.Trainer) and by APOTrainer (trl.DPOTrainer).
 OVERRIDDEN_TRAINER_METHODS = ("_get_output_dir", "_save_checkpoint", "_push_from_checkpoint")
-# Overridden where a run goes on with adapters, by the checkpoints and by the rounds.
-OVERRIDDEN_LOADING = ("_load_from_checkpoint",)
+# Overridden to load weights as they were saved: on a resume, and the best model's.
+OVERRIDDEN_LOADING = ("_load_from_checkpoint", "_load_best_model")
 # What DPOTrainer calls its frozen copy of an adapter that is passed, and has as the reference while it is there.
 REFERENCE_ADAPTER = "ref"
 # Called on a transformers.Trainer.

@@ -26,10 +26,10 @@ from accelerate.utils import is_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 from trl import DPOTrainer
 
 from ..errors import ConfigurationError
+from ..reference import copy_into_reference, with_reference
 from ..rollouts.trainer import RolloutsTrainer
 from ..rounds import durable, sharding
 from ..rounds.data import rows_fingerprint
@@ -95,9 +95,11 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         self._eval_without_logps: Any = None
         self._user_reference = False
-        self._reference_spent = False
+        self._reference_spent = self._reference_follows = False
         self._dtypes_settled = False
         super().__init__(*args, **kwargs)
+        if self._reference_follows:
+            copy_into_reference(self)
         self.beta = self.args.beta_of(0)
         if self._multi_round and self.precompute_ref_logps and not self._user_reference:
             # With FSDP the parent has one, for values that are computed later here, with the policy.
@@ -153,25 +155,12 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
 
     def _complete_arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         given = super()._complete_arguments(given)
-        model, config = given.get("model"), given["args"]
+        config = given["args"]
         self._user_reference = given.get("ref_model") is not None
-        ahead = config.precompute_ref_log_probs
-        if not self._keeps_rounds or (ahead and not fsdp_version(config)):
-            return given
-        if given.get("peft_config") is not None or hasattr(model, "peft_config"):
-            # The reference is the model with its adapter disabled: no second one is made.
-            return given
-        if isinstance(model, torch.nn.Module) and sharding.is_sharded(model):
-            # ZeRO 3 has divided it while it was loaded, and a copy would be empty: upstream loads another one, into
-            # which the policy is written when its round begins.
-            return given
-        if self._user_reference:
-            if config.num_rounds > 1 and not ahead:
-                # Later rounds' references are written into it; the user's own object stays as it is.
-                given["ref_model"] = copy.deepcopy(given["ref_model"])
-        elif isinstance(model, PreTrainedModel):
-            # Upstream reloads the reference from the model's path: another model if this one was changed in memory.
-            given["ref_model"] = copy.deepcopy(model)
+        if self._user_reference and config.num_rounds > 1 and not config.precompute_ref_log_probs:
+            # Later rounds' references are written into it; the user's own object stays as it is.
+            return {**given, "ref_model": copy.deepcopy(given["ref_model"])}
+        given, self._reference_follows = with_reference(given)
         return given
 
     @property
@@ -266,6 +255,7 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
         assert self._weights is not None
         folder = RoundFolder(self._output_dir, last)
         kept = self._output_dir / ROUNDS_DIR / f"{durable.PARTIAL_PREFIX}iterate"
+        iterate = self._weights.fingerprint() if not extrapolates and alpha > 0 else ""
         if not extrapolates and alpha > 0:
             # On disk, like every round's iterate: a copy in memory would be the run's peak.
             with self._state_errors(last):
@@ -285,7 +275,7 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
         finally:
             # Also where a reward has raised: whoever catches that and saves shall save the iterate.
             if changed and not extrapolates:
-                self._weights.load(kept)
+                self._load_weights(kept, iterate)
         if extrapolates:
             self._say(f"The output is the last iterate extrapolated with alpha {alpha:g}.")
         elif changed:
@@ -335,9 +325,17 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
             model = self.accelerator.unwrap_model(self.ref_model)
             if restored:
                 self._weights.load_into(model, folder.policy)
+                self._check_reference(model, folder)
             else:
                 self._weights.copy_to(model)
         return rows
+
+    def _check_reference(self, model: torch.nn.Module, folder: RoundFolder) -> None:
+        """The reference that has been read from disk is theta_t, unless processes divide the two differently."""
+        assert self._weights is not None
+        divided = self._weights.sharded or sharding.is_sharded(model)
+        if not divided and FullWeights(model).fingerprint() != folder.whole_manifest()["policy"]:
+            raise durable.DamagedStateError(f"The reference in {folder.policy.name} is not what was saved there.")
 
     def _check_given_reference(self, folder: RoundFolder, restored: bool) -> str:
         """Record which `ref_model` the first round has; refuse to go on with another. Returns its hash."""

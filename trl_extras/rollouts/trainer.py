@@ -1062,7 +1062,8 @@ class RolloutsTrainer(RoundsTrainer):
             # What comes next takes long, may be paid for, or stops for labels: it has to be possible to go on from
             # here.
             strategy = str(getattr(self.args.save_strategy, "value", self.args.save_strategy))
-            if strategy != "no" or self._judge == EXTERNAL:
+            # At the end of an epoch upstream saves by itself, if asked to.
+            if strategy not in ("no", "epoch") or (strategy == "no" and self._judge == EXTERNAL):
                 control.should_save = True
         return control
 

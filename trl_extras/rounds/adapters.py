@@ -189,8 +189,7 @@ class LoraRounds(TrainableState):
             if isinstance(module, LoraLayer) and self._adapter in module.r:
                 self._check_layer(name, module)
                 self._layers[name] = module
-        # Where it is loaded to save memory, the other processes have nothing in it yet.
-        self._base = sharding.from_main(lambda: base_fingerprint(model))
+        self._base = sharding.look_at(model, base_fingerprint)
         self._bases: list[dict[str, Factors]] = []
         self._digests: list[str] = []
         self._below: list[float] = []

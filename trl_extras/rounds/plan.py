@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -54,23 +53,3 @@ class RoundPlan:
     def starts_at(self, step: int) -> int | None:
         """The round that begins at `step`, or None inside a round and at the end."""
         return self.starts.index(step) if step in self.starts[:-1] else None
-
-
-def restarting(plan: RoundPlan, lambdas: Sequence[Callable[[int], float]]) -> Callable[[int], float]:
-    """
-    A learning-rate factor that starts again in every round.
-
-    Args:
-        plan: the rounds.
-        lambdas: for each round its factor as a function of the step within that round.
-
-    Returns:
-        The factor as a function of the step of the run. At the step where a round begins it is that round's first, so
-        the scheduler's own step at the end of a round already sets the next round's rate.
-    """
-
-    def factor(step: int) -> float:
-        round_index = plan.round_of(step)
-        return lambdas[round_index](step - plan.starts[round_index])
-
-    return factor

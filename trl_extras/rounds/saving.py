@@ -18,15 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, is_peft_model
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
 from .. import __version__
 from .._compat import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
+from ..errors import ConfigurationError
+from ..tensor_files import WeightsFolder
 from . import checkpoints, durable, sharding
 from .data import rows_fingerprint
-from .state import STATE_VERSION
+from .state import STATE_VERSION, FullWeights, fingerprint
 
 
 if TYPE_CHECKING:
@@ -70,6 +73,17 @@ class NonFiniteError(RuntimeError):
     """Training has produced a nan or an infinity. The last good state is on disk."""
 
 
+class _AfterLoading(TrainerCallback):
+    """Looks at the weights of a resumed run before anything else does."""
+
+    def __init__(self, trainer: WholeCheckpoints):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._resumed_from is not None:
+            self.trainer._on_loaded(self.trainer._resumed_from)
+
+
 class WholeCheckpoints(_Parent):
     """
     Mixin for a TRL trainer: a folder named `checkpoint-N` is whole or not there, a loss that is not finite stops the
@@ -83,6 +97,12 @@ class WholeCheckpoints(_Parent):
     # The folder that a checkpoint is written to before it gets its name.
     _staging: Path | None = None
     _resume_is_checked = False
+    # The checkpoint that the run goes on from.
+    _resumed_from: Path | None = None
+    # What `_complete_checkpoint` writes of the weights, on which all processes have to look.
+    _saved_weights: dict[str, str] | None = None
+    # Of a model with an adapter, the names of what is trained.
+    _adapter_names: frozenset[str] = frozenset()
 
     # ---- The constructor's arguments ----
 
@@ -144,7 +164,14 @@ class WholeCheckpoints(_Parent):
         Raises:
             ValueError: what is wrong with it.
         """
-        return self._checkpoint_manifest(checkpoint)
+        manifest = self._checkpoint_manifest(checkpoint)
+        method = (manifest or {}).get("method", self._name)
+        if method != self._name:
+            raise ConfigurationError(
+                f"{checkpoint.name} was written by {method}, but this run is {self._name}: start from its weights "
+                "instead, with it as the model, in another `output_dir`."
+            )
+        return manifest
 
     @staticmethod
     def _checkpoint_manifest(checkpoint: Path) -> dict[str, Any] | None:
@@ -173,6 +200,9 @@ class WholeCheckpoints(_Parent):
 
     def _begin(self, checkpoint: Path | None) -> None:
         """The checkpoint to go on from is settled, and upstream has not begun."""
+        if is_peft_model(self.model):
+            trained = (name for name, weight in self.model.named_parameters() if weight.requires_grad)
+            self._adapter_names = frozenset(trained)
         if fsdp_version(self.args) is not None and self.accelerator.distributed_type != DistributedType.FSDP:
             kind = "DDP" if self.accelerator.num_processes > 1 else "a single process"
             self._warn(
@@ -212,9 +242,12 @@ class WholeCheckpoints(_Parent):
         checkpoint, told = self._resolve(resume_from_checkpoint, self._output_dir)
         for line in told:
             self._say(line)
+        self._resumed_from = checkpoint
         self._begin(checkpoint)
         if checkpoint is not None:
             self._say(f"Going on from {checkpoint.name}.")
+        if not any(isinstance(callback, _AfterLoading) for callback in self.callback_handler.callbacks):
+            self.callback_handler.callbacks.insert(0, _AfterLoading(self))
         if (
             checkpoint is not None
             and self.args.should_save
@@ -318,6 +351,7 @@ class WholeCheckpoints(_Parent):
                 self._staging = None
             self.accelerator.wait_for_everyone()
             self._correct_best_checkpoint(run_dir)
+            self._saved_weights = self._describe_weights()
             if self.args.should_save:
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
                 content, known = self._complete_checkpoint(staged)
@@ -349,16 +383,87 @@ class WholeCheckpoints(_Parent):
         Returns:
             What its manifest says, and the entries of files whose checksums are known already, by relative path.
         """
-        return {"format": "trl-extras checkpoint", "version": STATE_VERSION, "trl_extras": __version__}, {}
+        content = {
+            "format": "trl-extras checkpoint",
+            "version": STATE_VERSION,
+            "trl_extras": __version__,
+            "method": self._name,
+            "weights": self._saved_weights,
+        }
+        return content, {}
+
+    # ---- Weights that are loaded ----
+
+    def _describe_weights(self) -> dict[str, str]:
+        """
+        A hash of the live weights, and how they are divided, on which it depends. All processes call it.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        sharded = sharding.is_sharded(model)
+        layout = f"{self.accelerator.distributed_type.value}, {self.accelerator.num_processes} parts"
+        return {"fingerprint": self._fingerprint(model, sharded), "layout": layout if sharded else "whole"}
+
+    def _fingerprint(self, model: torch.nn.Module, sharded: bool) -> str:
+        if not is_peft_model(model):
+            return FullWeights(model).fingerprint()
+        sharding.settle(model)
+        adapter = ((name, p) for name, p in model.named_parameters() if name in self._adapter_names)
+        return fingerprint(adapter, sharded)
+
+    def _on_loaded(self, checkpoint: Path) -> None:
+        """Upstream has loaded a checkpoint to go on from."""
+        self._check_loaded(checkpoint)
+        if self.state.global_step >= self.state.max_steps:
+            self._say(f"{checkpoint.name} is the end of a run of this length: there is nothing left to train.")
+
+    def _check_loaded(self, checkpoint: Path) -> None:
+        """Refuse to go on with other weights than a checkpoint was saved with: upstream loads what names agree on."""
+        saved = (self._checkpoint_manifest(checkpoint) or {}).get("weights")
+        found = self._describe_weights()
+        if saved is not None and saved["layout"] == found["layout"] and saved["fingerprint"] != found["fingerprint"]:
+            raise ConfigurationError(
+                f"The weights after loading {checkpoint.name} are not those that it was saved with: pass a model of "
+                "the same architecture, in the same dtype, with the same adapter."
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Upstream's, with every weight in the dtype it had: peft loads adapters in float32, but TRL trains one on a
         quantized model in bfloat16."""
+        if self._is_renamed(Path(resume_from_checkpoint)):
+            self._load_renamed(Path(resume_from_checkpoint))
+            return
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for name, parameter in self.model.named_parameters():
             if parameter.dtype != dtypes.get(name, parameter.dtype):
                 parameter.data = parameter.data.to(dtypes[name])
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        if self._is_renamed(best):
+            self._load_renamed(best)
+        else:
+            super()._load_best_model()
+        self._check_loaded(best)
+
+    def _is_renamed(self, folder: Path) -> bool:
+        """
+        Whether a model was saved under other names than it has in memory: transformers gives many architectures their
+        original ones (GPT-NeoX, mixtures of experts), but its Trainer loads by name and keeps what it does not find.
+        """
+        model = self.model
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(model, PreTrainedModel):
+            return False
+        if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+            return False
+        saved = WeightsFolder(folder)
+        return any(name not in saved for name, _ in model.named_parameters())
+
+    def _load_renamed(self, folder: Path) -> None:
+        """Load a whole model by way of transformers' own conversion of names."""
+        model: Any = self.model
+        loaded = type(model).from_pretrained(folder, dtype=model.dtype)
+        model.load_state_dict(loaded.state_dict())
 
     # ---- Model card ----
 

@@ -96,6 +96,14 @@ def from_main(look: Callable[[], _Answer]) -> _Answer:
     return of_main(look() if here else None)  # type: ignore[return-value]
 
 
+def look_at(model: torch.nn.Module, look: Callable[[torch.nn.Module], _Answer]) -> _Answer:
+    """
+    What is found in a model, on all processes. Where they hold parts of it all look, because each whole weight takes
+    all of them; elsewhere the main process alone: of a model that is loaded to save memory the others have nothing.
+    """
+    return look(model) if is_sharded(model) else from_main(lambda: look(model))
+
+
 @contextmanager
 def loading_whole() -> Iterator[None]:
     """Models that are loaded inside have their weights on every process, also where FSDP saves memory by loading."""

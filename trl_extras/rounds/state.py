@@ -17,7 +17,7 @@ import copy
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -207,6 +207,26 @@ def base_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+def fingerprint(weights: Iterable[tuple[str, Tensor]], sharded: bool) -> str:
+    """
+    A hash of names, dtypes, shapes and values; where processes hold parts, all of them call this together.
+
+    Args:
+        weights: contiguous, by name.
+        sharded: whether processes hold parts. The hash then depends on how they are divided.
+    """
+    digest = xxhash.xxh3_128()
+    for name, weight in weights:
+        digest.update(f"{name}:{sharding.dtype_of(weight)}:{tuple(sharding.shape_of(weight))}".encode())
+        part = sharding.part_of(weight)
+        if len(part.flat):
+            digest.update(part.flat.cpu().view(torch.uint8).numpy().data)
+    if not sharded:
+        return digest.hexdigest()
+    # Of all parts, in order: the same on every process.
+    return xxhash.xxh3_128_hexdigest(" ".join(sharding.of_all(digest.hexdigest())).encode())
+
+
 class FullWeights(TrainableState):
     """
     All parameters of a model, of which every process holds all, or, where they are sharded, its part. On disk they are
@@ -223,10 +243,6 @@ class FullWeights(TrainableState):
         sharding.settle(self.model)
         # named_parameters yields tied weights once, under the name that save_pretrained keeps.
         yield from self.model.named_parameters()
-
-    def _trained(self) -> Iterator[tuple[str, Tensor]]:
-        # A frozen weight has no momentum.
-        yield from ((name, parameter) for name, parameter in self._parameters() if parameter.requires_grad)
 
     @property
     def nbytes(self) -> int:
@@ -316,6 +332,9 @@ class FullWeights(TrainableState):
     @torch.no_grad()
     def load_into(self, reference: torch.nn.Module, folder: Path) -> None:
         saved = WeightsFolder(folder)
+        for name, _ in reference.named_parameters():
+            if name not in saved:
+                raise durable.DamagedStateError(f"{name!r} is missing in {folder.name}, which is loaded.")
         # A reference may be of a coarser dtype: DeepSpeed and, with mixed precision, FSDP2 train copies in float32.
         same = reference is self.model and not sharding.has_masters(self.model)
         sharding.settle(reference)
@@ -339,16 +358,7 @@ class FullWeights(TrainableState):
         sharding.publish(reference)
 
     def fingerprint(self) -> str:
-        digest = xxhash.xxh3_128()
-        for name, parameter in self._parameters():
-            digest.update(f"{name}:{sharding.dtype_of(parameter)}:{tuple(sharding.shape_of(parameter))}".encode())
-            part = sharding.part_of(parameter)
-            if len(part.flat):
-                digest.update(part.flat.cpu().view(torch.uint8).numpy().data)
-        if not self.sharded:
-            return digest.hexdigest()
-        # Of all parts, in order: the same on every process.
-        return xxhash.xxh3_128_hexdigest(" ".join(sharding.of_all(digest.hexdigest())).encode())
+        return fingerprint(self._parameters(), self.sharded)
 
     @one_thread
     def non_finite(self) -> str | None:
@@ -366,10 +376,15 @@ class FullWeights(TrainableState):
     @one_thread
     def extrapolate(self, previous: Path, alpha: float) -> None:
         saved = WeightsFolder(previous)
-        for name, parameter in self._trained():
-            for start, flat in _pieces(parameter):
+        # All of them: a weight that is frozen now may have been trained in the round (LISA, gradual unfreezing).
+        for name, parameter in self._parameters():
+            for start, flat in _pieces(parameter) if parameter.is_floating_point() else ():
+                before = saved.piece(name, start, len(flat), flat.dtype)
+                if not parameter.requires_grad and torch.equal(flat.cpu(), before):
+                    # To the bit, signed zeros included.
+                    continue
                 try:
-                    state_dicts.extrapolate_(flat, saved.piece(name, start, len(flat), flat.dtype), alpha)
+                    state_dicts.extrapolate_(flat, before, alpha)
                 except ValueError as error:
                     raise ValueError(f"{name!r}: {error}") from None
         sharding.publish(self.model)
@@ -382,8 +397,8 @@ class FullWeights(TrainableState):
         update = momentum = previous = product = 0.0
         buffers = torch.empty(3, _PIECE)
         sharded = self.sharded
-        for name, parameter in self._trained():
-            if sharded and not sharding.part_of(parameter).counts:
+        for name, parameter in self._parameters():
+            if not parameter.is_floating_point() or (sharded and not sharding.part_of(parameter).counts):
                 continue
             for start, flat in _pieces(parameter):
                 # float32 differences and sums of a piece, summed over the pieces in float64; on the CPU, where the
@@ -425,8 +440,7 @@ class AdapterWeights(FullWeights):
                 "of them active."
             )
         self._adapter = str(active[0])
-        # Where it is loaded to save memory, the other processes have nothing in it yet.
-        self._below = sharding.from_main(lambda: base_fingerprint(model))
+        self._below = sharding.look_at(model, base_fingerprint)
         trained = {p.data_ptr() for p in model.parameters() if p.requires_grad}
         if trained - {tensor.data_ptr() for _, tensor in self._parameters()}:
             raise ConfigurationError(
@@ -443,9 +457,6 @@ class AdapterWeights(FullWeights):
             self.model, self.model.state_dict(keep_vars=True), self._adapter, save_embedding_layers=False
         )
         yield from state.items()
-
-    def _trained(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._parameters()
 
     def save(self, folder: Path, write: bool) -> None:
         # Not by the model's own method: that gives an adapter of another name than peft's default a folder of its own.

@@ -26,15 +26,14 @@ import numpy as np
 import torch
 import xxhash
 from accelerate.utils import is_peft_model
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from .. import __version__, sizing
 from ..errors import ConfigurationError
-from . import checkpoints, durable, sharding, zero
+from . import checkpoints, durable, optimizers, sharding, zero
 from .data import RoundDataBuilder, RoundDataset, group_keys, rows_fingerprint, split_folds
-from .plan import RoundPlan, restarting
+from .plan import RoundPlan
 from .saving import NonFiniteError, WholeCheckpoints, asked_for, fsdp_version
 from .state import ROUNDS_DIR, STATE_VERSION, AdapterWeights, FullWeights, RoundFolder, TrainableState
 
@@ -97,6 +96,9 @@ class RoundsTrainer(WholeCheckpoints):
     """
 
     train_dataset: Any
+    optimizer: Any
+    lr_scheduler: Any
+    control: Any
     # Whether a round's rows are made in that round, from its policy; then one round is a run in rounds too.
     _makes_rows = False
     # Whether the method works on adapters as well, and whether each of its rounds trains a fresh one, on top of what
@@ -116,8 +118,11 @@ class RoundsTrainer(WholeCheckpoints):
         self._num_folds = config.num_rounds if config.round_data == "split" else 1
         self._run_id: str | None = None
         self._calling_round_end = self._resumes = False
-        self._resumed_from: Path | None = None
+        # Of an optimizer that was passed, what its groups were.
+        self._given_optimizer = False
         self._initial_groups: list[dict[str, Any]] = []
+        # The names of the parameters that are trained when `train()` begins.
+        self._trained_names: frozenset[str] = frozenset()
         self._weights: TrainableState | None = None
         self._round_started = self._run_started = 0.0
         self._boundary_seconds = dict.fromkeys(_BOUNDARY_PARTS, 0.0)
@@ -139,6 +144,9 @@ class RoundsTrainer(WholeCheckpoints):
         if self._keeps_rounds:
             self._refuse_foreign_rounds(config)
         self._check_resume(config)
+        optimizer, _ = given.get("optimizers") or (None, None)
+        if optimizer is not None:
+            self._given_optimizer, self._initial_groups = True, optimizers.groups_of(optimizer)
         super().__init__(**self._complete_arguments(given))
         if self._keeps_rounds:
             try:
@@ -211,13 +219,11 @@ class RoundsTrainer(WholeCheckpoints):
             found.append(
                 (
                     "A scheduler object in `optimizers`",
-                    "each round starts a fresh one. Set `lr_scheduler_type` instead.",
+                    "each round starts a fresh one. Set `lr_scheduler_type` instead, or override `create_scheduler`.",
                 )
             )
-        if optimizer is not None and "schedulefree" in type(optimizer).__name__.lower():
-            found.append(
-                ("A schedule-free optimizer", "it keeps the weights that count inside itself. Use another one.")
-            )
+        if optimizer is not None and (reason := optimizers.why_not(optimizer, given=True)) is not None:
+            found.append((f"A {type(optimizer).__name__} in `optimizers`", reason))
         found.extend(self._unsupported_callbacks(given.get("callbacks") or []))
         return found
 
@@ -506,6 +512,11 @@ class RoundsTrainer(WholeCheckpoints):
                 "pass "
                 "the rows as `train_dataset`, or use more rounds."
             )
+        if self._multi_round and self.lr_scheduler is not None and not self._created_lr_scheduler:
+            raise ConfigurationError(
+                f"A scheduler object of the trainer's does not work with {self._what_rounds()}: each round starts a "
+                "fresh one. Set `lr_scheduler_type` instead, or override `create_scheduler`."
+            )
         self._resumes = bool(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
 
@@ -522,7 +533,6 @@ class RoundsTrainer(WholeCheckpoints):
     def _start_run(self, checkpoint: Path | None) -> None:
         """Settle which run this is and how long an epoch is, before upstream counts steps."""
         self._round = -1
-        self._resumed_from = checkpoint
         self.round_summaries = []
         self._num_folds = self.args.num_rounds if self.args.round_data == "split" else 1
         if self.train_dataset is not self._rows:
@@ -647,62 +657,81 @@ class RoundsTrainer(WholeCheckpoints):
             self._refuse_max_steps(max_steps, self._plan.total_steps)
         return values
 
-    # ---- Optimiser and schedule: fresh in every round ----
+    # ---- Optimizer and schedule: fresh in every round ----
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self._multi_round:
-            # Some optimisers keep more than hyper-parameters here, so a fresh start needs the groups as they were.
-            self._initial_groups = [
-                copy.deepcopy({key: value for key, value in group.items() if key != "params"})
-                for group in optimizer.param_groups
-                # DeepSpeed drops a group that has nothing in it.
-                if group["params"] or not self.is_deepspeed_enabled
-            ]
-        return optimizer
+    def _forget_optimizer(self) -> None:
+        """Drop what the optimizer has gathered: it makes room for a boundary."""
+        zero.reset_state(optimizers.inner(self.optimizer))
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        if not self._multi_round or self._plan is None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        lambdas_by_length: dict[int, list[Any]] = {}
-        for steps in sorted({self._plan.steps(t) for t in range(self._plan.num_rounds)}):
-            self.lr_scheduler = None
-            scheduler = super().create_scheduler(steps, optimizer)
-            if not isinstance(scheduler, LambdaLR):
+    def _fresh_optimizer(self, round_index: int) -> None:
+        """
+        Optimizer and schedule as `create_optimizer` and `create_scheduler` make them for a round, whoever has
+        overridden these. The optimizer object stays, because accelerate and callbacks hold it.
+        """
+        wrapper: Any = self.optimizer
+        inner = optimizers.inner(wrapper)
+        if self._given_optimizer:
+            inner.state.clear()
+            optimizers.set_groups(inner, self._initial_groups)
+        else:
+            self.optimizer = None
+            with self._initially_trained():
+                self.create_optimizer()
+            fresh, self.optimizer = self.optimizer, wrapper
+            if self.is_deepspeed_enabled:
+                # Its optimizer has flattened the parameters, and drops a group that has nothing in it.
+                optimizers.set_groups(inner, optimizers.groups_of(fresh, with_parameters=True), keep_others=True)
+            else:
+                optimizers.take_over(inner, fresh)
+        self._fresh_schedule(round_index)
+
+    def _fresh_schedule(self, round_index: int) -> None:
+        assert self._plan is not None
+        self.lr_scheduler = None
+        self.create_scheduler(num_training_steps=self._plan.steps(round_index))
+        self.callback_handler.lr_scheduler = self.lr_scheduler
+        for kind, made in (("optimizer", optimizers.inner(self.optimizer)), ("schedule", self.lr_scheduler)):
+            reason = optimizers.why_not(made)
+            if reason is not None:
                 raise ConfigurationError(
-                    f"`lr_scheduler_type={self.args.lr_scheduler_type!r}` makes a {type(scheduler).__name__}, but "
-                    "rounds "
-                    "need a schedule that is a function of the step. Use 'linear' or 'cosine'."
+                    f"The {kind} is a {type(made).__name__}, which does not work with {self._what_rounds()}: {reason}"
                 )
-            lambdas_by_length[steps] = scheduler.lr_lambdas
-        for group_index in range(len(scheduler.lr_lambdas)):
-            per_round = [lambdas_by_length[self._plan.steps(t)][group_index] for t in range(self._plan.num_rounds)]
-            scheduler.lr_lambdas[group_index] = restarting(self._plan, per_round)
-        return scheduler
 
-    def _reset_optimizer(self) -> None:
-        """The optimiser as it was before the first step, at the learning rate of the current step."""
-        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-        zero.reset_state(optimizer)
-        for group, initial in zip(optimizer.param_groups, self._initial_groups, strict=True):
-            group.update(copy.deepcopy(initial))
-        # LambdaLR writes rates only in step(). After the end of a shorter plan the checkpoint's last rate is that
-        # plan's 0, so the rate of this step is written here.
-        scheduler: Any = self.lr_scheduler
-        for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-            group["lr"] = base * factor(self.state.global_step)
-            group["initial_lr"] = base
-        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+    def _restore_schedule(self, round_index: int) -> None:
+        """A run resumes inside a round: upstream has made a schedule of the whole run's length, and filled it."""
+        state, groups = self.lr_scheduler.state_dict(), optimizers.groups_of(self.optimizer)
+        self._fresh_schedule(round_index)
+        self.lr_scheduler.load_state_dict(state)
+        # Making a schedule writes its first rate.
+        optimizers.set_groups(self.optimizer, groups)
+
+    @contextmanager
+    def _initially_trained(self) -> Iterator[None]:
+        """What was to be trained when the run began, also where a callback has frozen some of it since."""
+        now = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self._trained_names)
+        try:
+            yield
+        finally:
+            for parameter, trained in now:
+                parameter.requires_grad_(trained)
 
     # ---- Boundaries ----
 
+    def _on_loaded(self, checkpoint: Path) -> None:
+        if self.is_deepspeed_enabled and self._weights is not None and self._weights.holds_state(checkpoint):
+            # DeepSpeed loads its checkpoints itself, which hold the adapter and not what lies below it.
+            self._weights.load(checkpoint)
+        super()._on_loaded(checkpoint)
+
+    def _fingerprint(self, model: torch.nn.Module, sharded: bool) -> str:
+        return super()._fingerprint(model, sharded) if self._weights is None else self._weights.fingerprint()
+
     def _on_train_begin(self) -> None:
         assert self._plan is not None
+        self._trained_names = frozenset(name for name, p in self.model.named_parameters() if p.requires_grad)
         self._run_started, self._run_started_step = time.monotonic(), self.state.global_step
-        assert self._weights is not None
-        if self.is_deepspeed_enabled and self._resumed_from and self._weights.holds_state(self._resumed_from):
-            # DeepSpeed loads its checkpoints itself, which hold the adapter and not what lies below it.
-            self._weights.load(self._resumed_from)
         self._log_disk_use()
         step = self.state.global_step
         round_index = self._plan.starts_at(step)
@@ -725,6 +754,13 @@ class RoundsTrainer(WholeCheckpoints):
 
     def _on_step_end(self, control: Any) -> Any:
         assert self._plan is not None
+        if self._multi_round and self._given_optimizer and self.state.global_step == self._run_started_step + 1:
+            # Some make what they keep in their first step.
+            inner = optimizers.inner(self.optimizer)
+            if (reason := optimizers.why_not(inner, given=True)) is not None:
+                raise ConfigurationError(
+                    f"A {type(inner).__name__} in `optimizers` does not work with rounds: {reason}"
+                )
         # The last steps of a round are logged with it, so that no logged mean spans two rounds.
         if self._multi_round and self.state.global_step in self._plan.starts and self.args.logging_strategy != "no":
             control.should_log = True
@@ -755,13 +791,15 @@ class RoundsTrainer(WholeCheckpoints):
             self._finish_round(round_index - 1)
         begun = time.monotonic()
         if self._multi_round:
-            # First of all: the optimiser's state is what makes room for everything below. In the first round it is
+            # First of all: the optimizer's state is what makes room for everything below. In the first round it is
             # there only where `train()` is called again.
-            self._reset_optimizer()
+            self._forget_optimizer()
         folder = RoundFolder(self._output_dir, round_index)
         previous = RoundFolder(self._output_dir, round_index - 1)
         with self._state_errors(round_index):
             self._write_weights(round_index, folder, previous)
+        if self._multi_round:
+            self._fresh_optimizer(round_index)
         self._round = round_index
         settled = time.monotonic()
         with self._own_random_numbers(round_index), self._evaluating():
@@ -790,6 +828,7 @@ class RoundsTrainer(WholeCheckpoints):
         folder = RoundFolder(self._output_dir, round_index)
         self._round = round_index
         if self._multi_round:
+            self._restore_schedule(round_index)
             with self._own_random_numbers(round_index), self._evaluating():
                 rows = self._make_rows(round_index, folder)
                 rows = self._prepare_round(round_index, rows, folder, restored=True)
@@ -839,7 +878,7 @@ class RoundsTrainer(WholeCheckpoints):
                     self._link_iterate(folder)
                 self.accelerator.wait_for_everyone()
                 return
-            self._weights.load(folder.iterate)
+            self._load_weights(folder.iterate, fingerprint)
         partial = folder.path.with_name(f"{durable.PARTIAL_PREFIX}{folder.path.name}")
         try:
             if write:
@@ -866,6 +905,13 @@ class RoundsTrainer(WholeCheckpoints):
         self.accelerator.wait_for_everyone()
         # Here rather than in the middle of a round, if processes write to disks of their own.
         folder.whole_manifest()
+
+    def _load_weights(self, folder: Path, expected: str) -> None:
+        """Load saved weights; `expected` is their hash."""
+        assert self._weights is not None
+        self._weights.load(folder)
+        if self._weights.fingerprint() != expected:
+            raise durable.DamagedStateError(f"The weights in {folder.name} are not those that were saved there.")
 
     def _step_to_policy(self, round_index: int, previous: RoundFolder) -> bool:
         """From thetahat_t to theta_t in the live weights; whether that is to be saved by itself."""
@@ -1107,7 +1153,10 @@ class RoundsTrainer(WholeCheckpoints):
         self._say(self._round_line(round_index, summary))
 
     def _log_numbers(self, values: dict[str, Any]) -> None:
-        """Give a round's numbers to the loggers, as `round/name`, nested ones as `round/name/inner`."""
+        """
+        Give a round's numbers to the trackers, as `round/name`, nested ones as `round/name/inner`. Not by `log`: the
+        rows of `state.log_history` are upstream's, and overrides of `log` expect those alone.
+        """
         logged: dict[str, float] = {}
 
         def collect(prefix: str, value: Any) -> None:
@@ -1118,7 +1167,11 @@ class RoundsTrainer(WholeCheckpoints):
                 logged[prefix] = float(value)
 
         collect("round", values)
-        self.log(logged)
+        if not logged:
+            return
+        if self.state.epoch is not None:
+            logged["epoch"] = self.state.epoch
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logged)
 
     def _logged_in(self, round_index: int) -> dict[str, Any]:
         """The last training log and the last evaluation of a round."""

@@ -30,6 +30,8 @@ from transformers.utils import logging
 from trl import DPOTrainer
 
 from ..errors import ConfigurationError
+from ..own_loss import OwnLoss, refuse_override
+from ..reference import copy_into_reference, with_reference
 from ..rounds import sharding
 from ..rounds.saving import WholeCheckpoints, asked_for, fsdp_version
 from . import inner, losses, objective
@@ -71,7 +73,8 @@ class _Window:
     def __init__(self, batches: list[Any]):
         self.batches = batches
         self.position = 0
-        # Trainable weights as they were before inner steps, while the live ones are elsewhere.
+        # The weights that inner steps move, and what they were before, while the live ones are elsewhere.
+        self.weights: list[Tensor] = []
         self.saved: list[Tensor] | None = None
         # By source, where one hinge spans several micro-batches: whether it is active, and the tokens of all.
         self.totals: dict[str, tuple[bool, Tensor]] = {}
@@ -164,7 +167,10 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
             # Before any weights load, as far as a mistake in the rows can be found without them.
             given["processing_class"] = processing_class_of(given, config)
             self._spo_rows = SFTRows(rows, given["processing_class"], config)
+        given, follows = with_reference(given)
         super().__init__(**given)
+        if follows:
+            copy_into_reference(self)
         # The parent computes its own losses of the list, ours are added to them.
         pairs = list(zip(self.loss_types, self.loss_weights, strict=True))
         self._spo_losses = [(name, weight) for name, weight in pairs if name in OWN_LOSSES]
@@ -173,13 +179,8 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
         if config.bilevel_solver != "penalty":
             self._check_precision()
         if self._spo_rows is not None and config.optimum is None:
-            model = self.accelerator.unwrap_model(self.model)
-            # Where it is loaded to save memory, the other processes have nothing in it yet.
-            precision = str(self.accelerator.mixed_precision)
-            if sharding.is_sharded(model):
-                found = model_fingerprint(model, precision)
-            else:
-                found = sharding.from_main(lambda: model_fingerprint(model, precision))
+            model, precision = self.accelerator.unwrap_model(self.model), str(self.accelerator.mixed_precision)
+            found = sharding.look_at(model, lambda model: model_fingerprint(model, precision))
             self._spo_floor_key = f"{found} {self._spo_rows.fingerprint}"
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 # In front, so that the model is still the one that was handed in.
@@ -188,6 +189,9 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
                 self._spo_floor = self._initial_floor()
         if config.is_reference_free:
             self._release_reference()
+        self._spo_watch = OwnLoss(self, "what SPO adds to the loss")
+        if config.sft_coef > 0 or self._spo_losses:
+            self.add_callback(self._spo_watch)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         given = super()._bind(args, kwargs)
@@ -441,7 +445,11 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
             result = super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
         finally:
             self.precompute_ref_logps = ahead
+        if forward.outputs is None:
+            raise refuse_override(self, "the model that it is given", "call that model")
         loss, outputs = result if return_outputs else (result, None)
+        if training:
+            self._spo_watch.seen()
         loss = self._spo_objective(model, inputs, forward.outputs, loss, training)
         return (loss, outputs) if return_outputs else loss
 
@@ -657,11 +665,13 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
         """Whoever catches an error finds the weights, not what inner steps have made of them."""
         window, self._spo_window = self._spo_window, None
         if window is not None and window.saved is not None:
-            inner.restore_(self._inner_weights(), window.saved)
+            self._restore(window)
 
-    def _inner_weights(self) -> list[Tensor]:
+    def _restore(self, window: _Window) -> None:
+        """theta' -> theta."""
+        assert window.saved is not None
         sharding.settle(self.model)
-        return [weight for weight in self.model.parameters() if weight.requires_grad]
+        inner.restore_(window.weights, window.saved)
 
     def _begin_window(self, model: Any, window: _Window) -> None:
         model.train()
@@ -673,17 +683,17 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
     def _end_window(self, model: Any, window: _Window) -> None:
         self._spo_window = None
         if self.args.bilevel_solver == "unrolled":
-            assert window.saved is not None
-            weights = self._inner_weights()
-            inner.restore_(weights, window.saved)
+            self._restore(window)
             if self.args.hypergradient == "central_difference":
                 # Before anything touches the weights: `window.saved` is what an error would bring back.
-                self._correct_gradient(model, window, weights)
+                self._correct_gradient(model, window, window.weights)
         window.saved = None
 
     def _move_inside(self, model: Any, window: _Window) -> None:
         """theta -> theta': the inner steps, in place."""
-        weights = self._inner_weights()
+        sharding.settle(self.model)
+        # Kept, because a callback may freeze or free weights between two micro-batches.
+        weights = window.weights = [weight for weight in self.model.parameters() if weight.requires_grad]
         window.saved = inner.copies(weights)
         for _ in range(self.args.inner_steps):
             inner.step_(weights, self._lower_gradient(model, window, weights), self.args.inner_rate)

@@ -35,6 +35,7 @@ from trl import SFTTrainer
 
 from .. import named_data
 from ..errors import ConfigurationError
+from ..own_loss import OwnLoss, refuse_override
 from ..rollouts.config import EXTERNAL
 from ..rollouts.judges import Rewards
 from ..rollouts.sampling import batch_seed
@@ -131,6 +132,8 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         self._offline_digest: str | None = None
         self._told_of_small_samples = False
         super().__init__(*args, **kwargs)
+        self._watch = OwnLoss(self, "the weights of the responses")
+        self.add_callback(self._watch)
         self._memory = PhaseMemory(self.accelerator.device)
         self.data_collator: Any = WeightedCollator(self.data_collator)
         if isinstance(self._judge, Rewards) and self.accelerator.device.type != "cpu":
@@ -854,18 +857,24 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         if weights is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         inputs = {name: value for name, value in inputs.items() if name != WEIGHT}
-        return super().compute_loss(_Weighted(model, weights), inputs, *args, **kwargs)
+        return super().compute_loss(_Weighted(self, model, weights), inputs, *args, **kwargs)
 
 
 class _Weighted:
     """A model whose log-probabilities come out times the weight of their row."""
 
-    def __init__(self, model: Any, weights: torch.Tensor):
+    def __init__(self, trainer: SPRTrainer, model: Any, weights: torch.Tensor):
+        self._trainer = trainer
         self._model = model
         self._weights = weights
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         outputs = self._model(*args, **kwargs)
+        if outputs.get("log_probs") is None:
+            raise refuse_override(
+                self._trainer, "log-probabilities, by which responses are weighted", "ask for them as SFTTrainer does"
+            )
+        self._trainer._watch.seen()
         outputs.log_probs = outputs.log_probs * self._weights[:, None].to(outputs.log_probs.dtype)
         return outputs
 
