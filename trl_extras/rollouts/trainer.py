@@ -36,6 +36,7 @@ from .labels import WaitingForLabels, label_rows, read_labels
 from .pairs import best_and_worst, combine, distinct_bigrams, mean_and_error
 from .sampling import Batch, SamplingSettings, TransformersSampler, batch_seed, plan_batches, stop_tokens
 from .store import LABELS, RolloutStore, folders_to_sweep, set_aside
+from .texts import appended_tokens, completion_text, without_appended
 
 
 logger = logging.get_logger(__name__)
@@ -311,20 +312,28 @@ class RolloutsTrainer(RoundsTrainer):
         dataset = self._with_prompt_ids(dataset, processing_class, args, dataset_name)
         return self._fitting(dataset, args, dataset_name)
 
-    @staticmethod
-    def _with_prompt_ids(dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        def tokenize(example: dict[str, Any], processing_class: Any) -> dict[str, Any]:
+    def _with_prompt_ids(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        appended = appended_tokens(getattr(processing_class, "tokenizer", processing_class))
+
+        def tokenize(example: dict[str, Any], processing_class: Any, appended: list[int]) -> dict[str, Any]:
             prompt = example["prompt"]
             extra = dict(example.get("chat_template_kwargs") or {})
             if isinstance(prompt, list):
                 extra["add_generation_prompt"] = True
-            return {"prompt_ids": list(_tokenize(processing_class, prompt, **extra)["input_ids"])}
+            ids = list(_tokenize(processing_class, prompt, **extra)["input_ids"])
+            return {"prompt_ids": ids if isinstance(prompt, list) else without_appended(ids, appended)}
 
-        return dataset.map(
-            tokenize,
-            fn_kwargs={"processing_class": processing_class},
-            num_proc=args.dataset_num_proc,
-            desc=f"Tokenizing {dataset_name} prompts",
+        return self._dated.rows(
+            dataset,
+            processing_class,
+            args,
+            "prompts",
+            lambda: dataset.map(
+                tokenize,
+                fn_kwargs={"processing_class": processing_class, "appended": appended},
+                num_proc=args.dataset_num_proc,
+                desc=f"Tokenizing {dataset_name} prompts",
+            ),
         )
 
     def _fitting(self, dataset: Any, args: Any, dataset_name: str) -> Any:
@@ -381,8 +390,8 @@ class RolloutsTrainer(RoundsTrainer):
         manifest = self._checkpoint_manifest(checkpoint) if checkpoint is not None else None
         if manifest is not None and manifest.get("prompts", self._prompts_digest) != self._prompts_digest:
             raise ConfigurationError(
-                "`train_dataset` does not hold the prompts of the run that is resumed: pass those, or use another "
-                "`output_dir`."
+                "`train_dataset` does not hold the prompts of the run that is resumed, or they are tokenized "
+                "otherwise: pass those with the same tokenizer, or use another `output_dir`."
             )
         if manifest is not None:
             self._compare_judges(manifest.get("judges"))
@@ -667,7 +676,7 @@ class RolloutsTrainer(RoundsTrainer):
             for batch in left:
                 task.store.put("samples", batch.index, self._given_samples(task, batch))
         elif left or (anybody and self._vllm is not None):
-            tokenizer, prompts_of_mine = self._text_tokenizer(), sum(len(batch.positions) for batch in mine)
+            prompts_of_mine = sum(len(batch.positions) for batch in mine)
             with self._sampler(task) as sampler, self._progress(prompts_of_mine, f"{task.where}: sampling") as bar:
                 bar.update(prompts_of_mine - sum(len(batch.positions) for batch in left))
                 tokens, begun = 0, time.monotonic()
@@ -682,7 +691,8 @@ class RolloutsTrainer(RoundsTrainer):
                             "prompt_ids": list(ids),
                             "completion_ids": [completion.ids for completion in group],
                             "completions": [
-                                tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in group
+                                self._text(task.prompts[position]["prompt"], ids, completion.ids)
+                                for completion in group
                             ],
                             "logps": [completion.logp for completion in group],
                             "cut": [completion.cut for completion in group],
@@ -696,6 +706,13 @@ class RolloutsTrainer(RoundsTrainer):
                     tokens += sum(len(completion.ids) for group in groups for completion in group)
                     bar.set_postfix_str(f"{tokens / (time.monotonic() - begun):.0f} tokens/s")
                     bar.update(len(batch.positions))
+
+    def _text(self, prompt: Any, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> str:
+        """What judges read of a completion: a message's content begins a text, that of a text prompt goes on."""
+        tokenizer = self._text_tokenizer()
+        if isinstance(prompt, str):
+            return completion_text(tokenizer, prompt_ids, completion_ids)
+        return str(tokenizer.decode(completion_ids, skip_special_tokens=True))
 
     @staticmethod
     def _given_samples(task: _Task, batch: Batch) -> list[dict[str, Any]]:

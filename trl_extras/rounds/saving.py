@@ -30,6 +30,8 @@ from ..tensor_files import WeightsFolder
 from . import checkpoints, durable, sharding
 from .data import rows_fingerprint
 from .state import STATE_VERSION, FullWeights, fingerprint
+from .tokens import FOLDER as TOKENS_DIR
+from .tokens import DatedRows
 
 
 if TYPE_CHECKING:
@@ -103,6 +105,7 @@ class WholeCheckpoints(_Parent):
     _saved_weights: dict[str, str] | None = None
     # Of a model with an adapter, the names of what is trained.
     _adapter_names: frozenset[str] = frozenset()
+    _dated: DatedRows
 
     # ---- The constructor's arguments ----
 
@@ -116,6 +119,7 @@ class WholeCheckpoints(_Parent):
         names = list(inspect.signature(stock.__init__).parameters)[1:]
         if len(args) > len(names) or set(names[: len(args)]) & kwargs.keys():
             raise TypeError(f"{type(self).__name__} takes the arguments of {stock.__name__}, each once: {names}.")
+        self.__dict__.setdefault("_dated", DatedRows())
         # Keywords that TRL's class does not know are those of a class in between.
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         config = given.get("args")
@@ -178,6 +182,16 @@ class WholeCheckpoints(_Parent):
         path = checkpoint / durable.MANIFEST
         return durable.read_manifest(checkpoint) if path.is_file() else None
 
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **named: Any) -> Any:
+        prepare: Any = super()._prepare_dataset
+        return self._dated.rows(
+            dataset,
+            processing_class,
+            args,
+            self._stock_class().__name__,
+            lambda: prepare(dataset, processing_class, args, *rest, **named),
+        )
+
     # ---- The run ----
 
     @property
@@ -200,6 +214,7 @@ class WholeCheckpoints(_Parent):
 
     def _begin(self, checkpoint: Path | None) -> None:
         """The checkpoint to go on from is settled, and upstream has not begun."""
+        self._dated.keep(self._output_dir, self.args.should_save, self.accelerator.wait_for_everyone)
         if is_peft_model(self.model):
             trained = (name for name, weight in self.model.named_parameters() if weight.requires_grad)
             self._adapter_names = frozenset(trained)
@@ -276,7 +291,7 @@ class WholeCheckpoints(_Parent):
 
     def _folders_to_sweep(self) -> list[Path]:
         """Where a killed run may have left files under temporary names."""
-        return [self._output_dir]
+        return [self._output_dir, self._output_dir / TOKENS_DIR]
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from .. import named_data
 from ..errors import ConfigurationError
 from ..rounds.data import rows_fingerprint
+from ..rounds.tokens import DatedRows
 
 
 logger = logging.get_logger(__name__)
@@ -109,12 +110,13 @@ class SFTRows:
         dataset: in any format of SFTTrainer's.
         processing_class: tokenizer or processor.
         config: the trainer's config; its `max_length` and `truncation_mode` hold for these rows too.
+        dated: the run's, for chat templates that write the date.
 
     Raises:
         ValueError: no row has a token to learn.
     """
 
-    def __init__(self, dataset: datasets.Dataset, processing_class: Any, config: Any):
+    def __init__(self, dataset: datasets.Dataset, processing_class: Any, config: Any, dated: DatedRows | None = None):
         tokenizer = tokenizer_of(processing_class)
         # What SFTTrainer's method reads of a trainer and of its arguments.
         stand_in = SimpleNamespace(
@@ -127,7 +129,13 @@ class SFTRows:
         given = len(dataset)
         check_texts(dataset, tokenizer)
         prepare: Any = SFTTrainer._prepare_dataset
-        rows = prepare(stand_in, dataset, processing_class, settings, False, None, "SFT")
+        rows = (dated or DatedRows()).rows(
+            dataset,
+            processing_class,
+            config,
+            "SFT",
+            lambda: prepare(stand_in, dataset, processing_class, settings, False, None, "SFT"),
+        )
         rows = rows.select_columns(["input_ids", "labels"])
         # The first token is predicted from nothing.
         rows = rows.filter(

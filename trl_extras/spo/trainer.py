@@ -166,7 +166,7 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
         if rows is not None:
             # Before any weights load, as far as a mistake in the rows can be found without them.
             given["processing_class"] = processing_class_of(given, config)
-            self._spo_rows = SFTRows(rows, given["processing_class"], config)
+            self._spo_rows = SFTRows(rows, given["processing_class"], config, self._dated)
         given, follows = with_reference(given)
         super().__init__(**given)
         if follows:
