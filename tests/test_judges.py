@@ -9,12 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from tokenizers import processors
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from trl import RewardConfig, RewardTrainer
 
 from tests import tiny
+from trl_extras import APOConfig, APOTrainer, SPRConfig, SPRTrainer
 from trl_extras.errors import ConfigurationError
 from trl_extras.rollouts.judges import JudgementError, Ranker, RewardError, Rewards, load_function, public_name
 
@@ -308,10 +312,138 @@ def by_hand(model: Any, texts: list[str]) -> list[float]:
         return [model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, 0].item() for text in texts]
 
 
+@pytest.mark.parametrize("begins", [True, False])
+@pytest.mark.parametrize("conversational", [True, False])
+def test_models_read_what_reward_trainer_trains_on(
+    reward_model: Path, tmp_path: Path, begins: bool, conversational: bool
+) -> None:
+    tokenizer = tiny.make_tokenizer()
+    if begins:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bot> $A", special_tokens=[("<bot>", 4)]
+        )
+    pairs = tiny.make_pairs(6, conversational=conversational)
+    model = LlamaForSequenceClassification.from_pretrained(reward_model).eval()
+    args = RewardConfig(tmp_path, use_cpu=True, bf16=False, report_to="none")
+    trained = RewardTrainer(model, args, train_dataset=pairs, processing_class=tokenizer).train_dataset["chosen_ids"]
+    rewards, sizes, seen = Rewards(model, tokenizer, None, False, batch_size=4), [], []
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        sizes.append(len(kwargs["input_ids"]))
+        rows = zip(kwargs["input_ids"].tolist(), kwargs["attention_mask"].tolist(), strict=True)
+        seen.extend([token for token, mask in zip(*row, strict=True) if mask] for row in rows)
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    with rewards.loaded(torch.device("cpu")):
+        rewards.judge("Round 1", pairs["prompt"], pairs["chosen"], [[1]] * 6, {}, None)
+    assert seen == list(trained)
+    # One forward does not take all of a batch of samples.
+    assert sizes == [4, 2]
+
+
+def test_a_model_by_name_is_loaded_once_for_phases_that_follow_each_other(reward_model: Path) -> None:
+    rewards = Rewards(str(reward_model), None, None, False)
+    with rewards.held():
+        for _ in range(2):
+            with rewards.loaded(torch.device("cpu")):
+                model = rewards.rewards[0].model
+            assert rewards.rewards[0].model is model
+    assert rewards.rewards[0].model is None
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(reward_model: Path) -> None:
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(ConfigurationError, match="'tiny-reward', whose tokenizer has neither a padding token nor EOS"):
+        Rewards(str(reward_model), tokenizer, None, False)
+
+
+def test_a_model_without_a_template_is_refused_for_conversations(reward_model: Path) -> None:
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = None
+    rewards = Rewards(str(reward_model), tokenizer, None, False)
+    rewards.check("`train_dataset`", set(), False)
+    with pytest.raises(ConfigurationError, match="no chat template, but `train_dataset` has conversations"):
+        rewards.check("`train_dataset`", set(), True)
+
+
+def test_a_column_that_a_function_wants_has_to_be_there() -> None:
+    rewards = Rewards(["accuracy_reward", length], None, None, False)
+    rewards.check("`train_dataset`", {"solution"}, True)
+    said = "'accuracy_reward', which wants a column `solution`, but `train_dataset` has only `answer`: add that column"
+    with pytest.raises(ConfigurationError, match=said):
+        rewards.check("`train_dataset`", {"answer"}, True)
+
+    def ranks(prompts: Any, completions: Any, topic: Any, style: Any = None, **kwargs: Any) -> Any: ...
+
+    with pytest.raises(ConfigurationError, match="'ranks', which wants a column `topic`, but here has only prompts"):
+        Ranker(ranks).check("here", set(), False)
+
+
+@pytest.mark.parametrize(("cls", "config"), [(APOTrainer, APOConfig), (SPRTrainer, SPRConfig)])
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_what_cannot_be_scored_is_refused_before_weights_load(
+    tmp_path: Path, cls: Any, config: Any, evaluated: bool
+) -> None:
+    bare = datasets.Dataset.from_dict({"prompt": ["w1", "w2"]})
+    solved = bare.add_column("solution", ["w3", "w4"])
+    args = config(**tiny.arguments(tmp_path, num_rounds=2, max_completion_length=4))
+    sets = {"train_dataset": solved if evaluated else bare, "eval_dataset": bare if evaluated else None}
+    with pytest.raises(ConfigurationError, match=r"wants a column `solution`, but `(train|eval)_dataset`.* has only"):
+        cls("nowhere/at-all", args=args, reward_funcs="accuracy_reward", **sets)
+
+
+def test_a_reward_model_is_loaded_once_for_all_replacements(
+    tmp_path: Path, reward_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads, loading = [], AutoModelForSequenceClassification.from_pretrained
+    monkeypatch.setattr(
+        "trl_extras.rollouts.judges.AutoModelForSequenceClassification.from_pretrained",
+        lambda *args, **kwargs: loads.append(args) or loading(*args, **kwargs),
+    )
+    waves: list[int] = []
+
+    class Waves(APOTrainer):
+        def _judged(self, task: Any, batches: Any, wave: Any) -> Any:
+            rows = super()._judged(task, batches, wave)
+            waves.append(len(rows))
+            if len(waves) == 1:
+                # As with ties: other prompts stand in.
+                for row in rows:
+                    row["chosen"] = row["rejected"] = None
+            return rows
+
+    args = APOConfig(
+        **tiny.arguments(tmp_path, num_rounds=1, prompts_per_round=4, num_generations=4, max_completion_length=4)
+    )
+    prompts = tiny.make_pairs(16).select_columns(["prompt"])
+    trainer = Waves(
+        tiny.make_model(), args=args, train_dataset=prompts, processing_class=tiny.make_tokenizer(),
+        reward_funcs=str(reward_model),
+    )  # fmt: skip
+    trainer.train()
+    assert len(waves) > 1
+    assert len(loads) == 1
+
+
+def test_a_rounds_reference_log_probabilities_leave_no_loader_behind(tmp_path: Path) -> None:
+    kept = []
+    for rounds in (1, 3):
+        args = APOConfig(
+            **tiny.arguments(tmp_path / str(rounds), num_rounds=rounds, precompute_ref_log_probs=True, max_length=None)
+        )
+        trainer = APOTrainer(
+            tiny.make_model(), args=args, train_dataset=tiny.make_pairs(6), processing_class=tiny.make_tokenizer()
+        )
+        trainer.train()
+        kept.append(len(trainer.accelerator._dataloaders))
+    assert kept[1] <= kept[0]
+
+
 def test_models_by_folder_and_loaded(reward_model: Path) -> None:
     loaded = LlamaForSequenceClassification.from_pretrained(reward_model).eval()
     prompts, completions = ["w1 w2 ", "w3 "], ["w4 w5 w6", "w7"]
-    expected = by_hand(loaded, [p + c for p, c in zip(prompts, completions, strict=True)])
+    expected = by_hand(loaded, [f"{p}{c} <eos>" for p, c in zip(prompts, completions, strict=True)])
     for source in (str(reward_model), loaded):
         rewards = Rewards(source, None, None, False)
         assert rewards.names == ["tiny-reward"]

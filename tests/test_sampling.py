@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, TopPLogitsWarper
+from transformers import GenerationConfig, RwkvConfig, RwkvForCausalLM, TopPLogitsWarper
 
 from tests import tiny
 from tests.reference.sampling import log_probability, sampling_distribution
@@ -58,6 +58,20 @@ def test_logps_are_those_of_the_distribution_that_was_sampled_from(model: Any, d
         for completion in group:
             expected = log_probability(model, prompt, completion.ids, **drawn_from)
             assert completion.logp == pytest.approx(expected, abs=2e-4)
+
+
+def test_a_model_that_ignores_the_padding_mask_is_sampled_in_equal_lengths() -> None:
+    torch.manual_seed(0)
+    config = RwkvConfig(vocab_size=len(tiny.WORDS), hidden_size=16, num_hidden_layers=2, attention_hidden_size=16)
+    rwkv = RwkvForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in rwkv.parameters():
+            parameter.mul_(5)
+    prompts = [*PROMPTS, [8, 9, 10]]
+    groups = TransformersSampler(rwkv, settings())(prompts, 4, seed=11)
+    for prompt, group in zip(prompts, groups, strict=True):
+        for completion in group:
+            assert completion.logp == pytest.approx(log_probability(rwkv, prompt, completion.ids), abs=2e-4)
 
 
 @pytest.mark.parametrize("drawn_from", DISTRIBUTIONS[2:7], ids=str)

@@ -296,8 +296,8 @@ def test_our_names_hide_nothing_of_upstreams_by_accident() -> None:
     """Else: a new method or attribute of upstream's and one of ours overwrite each other, silently."""
     overridden = {
         WholeCheckpoints: {
-            *_compat.OVERRIDDEN_TRAINER_METHODS, *_compat.OVERRIDDEN_LOADING, "create_model_card", "save_model",
-            "train", "training_step",
+            *_compat.OVERRIDDEN_TRAINER_METHODS, *_compat.OVERRIDDEN_LOADING, *_compat.OVERRIDDEN_DATA_METHODS,
+            "create_model_card", "save_model", "train", "training_step",
         },
         RoundsTrainer: {
             "_load_from_checkpoint", "_save_checkpoint", "save_model", "set_initial_training_values", "train",

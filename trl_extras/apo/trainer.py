@@ -32,7 +32,7 @@ from ..errors import ConfigurationError
 from ..reference import copy_into_reference, with_reference
 from ..rollouts.trainer import RolloutsTrainer
 from ..rounds import durable, sharding
-from ..rounds.data import rows_fingerprint
+from ..rounds.data import batches_of, rows_fingerprint
 from ..rounds.saving import asks_for_deepspeed, fsdp_version
 from ..rounds.state import ROUNDS_DIR, FullWeights, RoundFolder
 from .config import APOConfig
@@ -420,7 +420,7 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        batches = self.accelerator.prepare_data_loader(loader)
+        batches = batches_of(loader, self.accelerator)
         what = f"Reference log-probabilities, round {self._round + 1}, {name}"
         gathered: dict[str, list[torch.Tensor]] = {column: [] for column in _LOGPS}
         for batch in tqdm(batches, desc=what, disable=self.args.disable_tqdm or not self.is_world_process_zero()):

@@ -18,7 +18,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,21 @@ def _check_signature(field: str, name: str, function: Any) -> None:
             f"`{field}` has {name!r}, which has no parameter {missing[0]!r}, but is called with "
             f"{', '.join(_ARGUMENTS)} and the dataset's columns, all by name: add `**kwargs` to its parameters."
         )
+
+
+def _check_columns(field: str, name: str, function: Any, where: str, columns: Collection[str]) -> None:
+    """Refuse a function that wants a column which a dataset does not have."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return
+    for parameter in parameters:
+        by_name = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if by_name and parameter.default is parameter.empty and parameter.name not in {*_ARGUMENTS, *columns}:
+            raise ConfigurationError(
+                f"`{field}` has {name!r}, which wants a column `{parameter.name}`, but {where} has only "
+                f"{', '.join(f'`{column}`' for column in sorted(columns)) or 'prompts'}: add that column."
+            )
 
 
 def _hash(*parts: Any) -> str:
@@ -300,8 +315,14 @@ class Reward:
             self._check_config(field, self.name, self.model.config)
         if self.function is not None:
             _check_signature(field, self.name, self.function)
-        if self.function is None and self.processing_class is None:
-            self._load_tokenizer(field)
+        if self.function is None:
+            if self.processing_class is None:
+                self._load_tokenizer(field)
+            if self.processing_class.pad_token_id is None and self.processing_class.eos_token_id is None:
+                raise ConfigurationError(
+                    f"`{field}` has {self.name!r}, whose tokenizer has neither a padding token nor EOS, so that texts "
+                    "of several lengths cannot be scored together: set its `pad_token`."
+                )
 
     @property
     def identity(self) -> dict[str, str]:
@@ -375,9 +396,26 @@ class Reward:
                 ) from error
             self._check_config(field, text, config)
 
+    def check(self, where: str, columns: Collection[str], conversational: bool) -> None:
+        """
+        Refuse what this reward could not score.
+
+        Args:
+            where: which dataset, for errors.
+            columns: those that it passes to functions.
+            conversational: whether its prompts are messages.
+        """
+        if self.function is not None:
+            _check_columns("reward_funcs", self.name, self.function, where, columns)
+        elif conversational and self.processing_class.chat_template is None:
+            raise ConfigurationError(
+                f"`reward_funcs` has {self.name!r}, whose tokenizer has no chat template, but {where} has "
+                "conversations: set its `chat_template` and pass it as `reward_processing_classes`, or use text."
+            )
+
     def load(self, device: torch.device) -> None:
         """Bring a model into memory and onto the device."""
-        if self.model_id is not None:
+        if self.model_id is not None and self.model is None:
             # Whole on every process, each of which scores by itself.
             with outside_zero3(), sharding.loading_whole():
                 self.model = AutoModelForSequenceClassification.from_pretrained(
@@ -398,30 +436,44 @@ class Reward:
         # A reward model reads the last token that is not padding.
         self.model.config.get_text_config().pad_token_id = self.processing_class.pad_token_id
 
-    def unload(self) -> None:
-        """Let a model go: one loaded by id is gone after its phase, the user's own returns to where it was."""
+    def unload(self, held: bool = False) -> None:
+        """
+        Let a model go: one loaded by id is gone after its phase, or waits in main memory where it is `held`; the
+        user's own returns to where it was.
+        """
         if self.model_id is not None:
-            self.model = None
+            self.model = self.model.to("cpu") if held and self.model is not None else None
         elif self.model is not None and self._home is not None and self._before is not None:
             self.model.to(self._home).train(self._before[0])
             self.model.config.get_text_config().pad_token_id = self._before[1]
 
     @torch.inference_mode()
-    def score_with_model(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
-        """Rewards of a loaded model, whose one logit is the reward."""
-        if isinstance(prompts[0], list):
+    def score_with_model(self, prompts: Sequence[Any], completions: Sequence[Any], batch_size: int) -> list[float]:
+        """Rewards of a loaded model, whose one logit is the reward; texts are what RewardTrainer trains on."""
+        tokenizer = self.processing_class
+        conversational = isinstance(prompts[0], list)
+        if conversational:
             texts = [
-                apply_chat_template({"messages": prompt + completion}, self.processing_class)["text"]
+                apply_chat_template({"messages": prompt + completion}, tokenizer)["text"]
                 for prompt, completion in zip(prompts, completions, strict=True)
             ]
         else:
             texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        inputs = self.processing_class(
-            text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
-        )
+            end = tokenizer.eos_token
+            texts = [text if end is None or text.endswith(end) else text + end for text in texts]
         device = next(self.model.parameters()).device
-        logits = self.model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
-        return logits[:, 0].float().tolist()
+        rewards: list[float] = []
+        for start in range(0, len(texts), batch_size):
+            inputs = tokenizer(
+                text=texts[start : start + batch_size],
+                return_tensors="pt",
+                padding=True,
+                padding_side="right",
+                add_special_tokens=not conversational,
+            )
+            logits = self.model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
+            rewards += logits[:, 0].float().tolist()
+        return rewards
 
 
 class Judgement:
@@ -459,14 +511,22 @@ class Rewards:
         processing_classes: one or a list, for those that are models.
         weights: one a reward; None for 1.
         trust_remote_code: of the user's flag, for models by id.
+        batch_size: texts that a model scores at a time.
 
     Raises:
         ValueError: saying which reward is wrong and how; no weights have been loaded.
     """
 
     def __init__(
-        self, sources: Any, processing_classes: Any, weights: Sequence[float] | None, trust_remote_code: bool
+        self,
+        sources: Any,
+        processing_classes: Any,
+        weights: Sequence[float] | None,
+        trust_remote_code: bool,
+        batch_size: int = 8,
     ):
+        self.batch_size = batch_size
+        self._held = False
         sources = list(sources) if isinstance(sources, (list, tuple)) else [sources]
         if not isinstance(processing_classes, (list, tuple)):
             processing_classes = [processing_classes] * (len(sources) if processing_classes is None else 1)
@@ -513,12 +573,30 @@ class Rewards:
                 reward.load(device)
             yield
         finally:
-            for reward in self.rewards:
-                reward.unload()
-            if any(reward.model_id is not None for reward in self.rewards):
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+            self._unload()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The time in which several phases follow each other: a model by id is loaded once and waits in between."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            self._unload()
+
+    def _unload(self) -> None:
+        for reward in self.rewards:
+            reward.unload(self._held)
+        if any(reward.model_id is not None for reward in self.rewards):
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def check(self, where: str, columns: Collection[str], conversational: bool) -> None:
+        """Refuse what one of the rewards could not score; see [`Reward.check`]."""
+        for reward in self.rewards:
+            reward.check(where, columns, conversational)
 
     def judge(
         self,
@@ -537,8 +615,8 @@ class Rewards:
         Args:
             where: the round, for errors.
             columns: the dataset's further columns, repeated for each completion.
-            known: what rewards have answered for this batch before another one failed, by name, as `keep` was given
-            it. keep: told what each reward answers, as soon as it has.
+            known: what rewards answered for this batch before another one failed, by name, as `keep` was given it.
+            keep: told what each reward answers, as soon as it has.
 
         Raises:
             RewardError: a function raised.
@@ -573,7 +651,7 @@ class Rewards:
             part = Judgement()
             with _naming(where, "reward function", reward.name):
                 if reward.model is not None:
-                    answer = reward.score_with_model(prompts, completions)
+                    answer = reward.score_with_model(prompts, completions, self.batch_size)
                 else:
                     answer = reward.function(**arguments(part))
             if inspect.isawaitable(answer):
@@ -630,6 +708,10 @@ class Ranker:
     def identities(self) -> dict[str, dict[str, str]]:
         """Which ranker this is; see `same_judges`."""
         return {self.name: _function_identity(self.function)}
+
+    def check(self, where: str, columns: Collection[str], conversational: bool) -> None:
+        """Refuse a ranker that wants a column which a dataset does not have."""
+        _check_columns("ranker", self.name, self.function, where, columns)
 
     def judge(
         self, where: str, prompts: Sequence[Any], completions: Sequence[Sequence[Any]], columns: dict[str, list[Any]]

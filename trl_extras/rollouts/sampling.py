@@ -22,7 +22,10 @@ from transformers import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
 )
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # Likeliest tokens to look for a nucleus among, before the whole vocabulary is sorted.
 _NUCLEUS_TOKENS = 256
@@ -202,6 +205,7 @@ class TransformersSampler:
         self.model = model
         self.settings = settings
         self._autocast = autocast
+        self._ignores_mask: bool | None = None
 
     def batches(self, mine: Sequence[Batch], num: int) -> Iterator[Batch]:
         """The batches to sample, in their order; a sampler whose processes work in step does more here."""
@@ -217,8 +221,17 @@ class TransformersSampler:
             num: completions a prompt.
             seed: of the batch; the random numbers of the caller are left alone.
         """
+        lengths = {len(ids) for ids in prompts}
+        if self._reads_padding(prompts[0]) and len(lengths) > 1:
+            # Each length by itself, with a seed of its own.
+            found: dict[int, list[Completion]] = {}
+            for length in sorted(lengths):
+                places = [place for place, ids in enumerate(prompts) if len(ids) == length]
+                groups = self([prompts[place] for place in places], num, batch_seed(seed, "length", length))
+                found |= dict(zip(places, groups, strict=True))
+            return [found[place] for place in range(len(prompts))]
         device = self.model.device
-        longest = max(len(ids) for ids in prompts)
+        longest = max(lengths)
         pad = self.settings.pad_token_id
         input_ids = torch.tensor([[pad] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
@@ -233,7 +246,8 @@ class TransformersSampler:
             num_return_sequences=num,
             eos_token_id=list(self.settings.stop_token_ids),
             pad_token_id=pad,
-            use_cache=True,
+            # Where padding is read, the cached state of several sequences is mixed up as well (RWKV in transformers).
+            use_cache=not self._ignores_mask,
         )
         cuda = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), self._own_settings(config), self._autocast():
@@ -248,6 +262,25 @@ class TransformersSampler:
             )
         sampled = sequences[:, longest:]
         return _split(sampled, recorder.finish(sequences)[:, : sampled.shape[1]], self.settings.stop_token_ids, num)
+
+    def _reads_padding(self, prompt: Sequence[int]) -> bool:
+        """Whether the model ignores the mask, as RWKV does: what is below it then changes what comes next."""
+        if self._ignores_mask is None:
+            pad, device = self.settings.pad_token_id, self.model.device
+            fills = (pad, next((token for token in prompt if token != pad), 0 if pad else 1))
+            input_ids = torch.tensor([[fill] * 4 + list(prompt[:8]) for fill in fills], device=device)
+            mask = torch.ones_like(input_ids)
+            mask[:, :4] = 0
+            with self._autocast():
+                logits = self.model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, -1].float()
+            same = torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-3 * float(logits.abs().max()))
+            self._ignores_mask = not same
+            if self._ignores_mask:
+                logger.warning_once(
+                    "The model ignores the padding mask, so that prompts are sampled in batches of equal length and "
+                    "without a cache, which is slow."
+                )
+        return self._ignores_mask
 
     @contextmanager
     def _own_settings(self, config: GenerationConfig) -> Iterator[None]:

@@ -172,7 +172,14 @@ class RolloutsTrainer(RoundsTrainer):
                 processing_classes,
                 config.reward_weights,
                 bool(getattr(config, "trust_remote_code", False)),
+                config.per_device_eval_batch_size,
             )
+        if isinstance(self._judge, (Rewards, Ranker)):
+            for where, dataset in self._judged_sets(train, named).items():
+                columns = dataset.column_names
+                if isinstance(columns, list) and len(dataset):
+                    conversational = isinstance(dataset[0]["prompt"], list)
+                    self._judge.check(where, set(columns) - _TEXT_COLUMNS, conversational)
         if self._judge == EXTERNAL and config.save_only_model:
             raise ConfigurationError(
                 "`save_only_model=True` leaves nothing to go on from, but `ranker='external'` stops the run in every "
@@ -214,6 +221,13 @@ class RolloutsTrainer(RoundsTrainer):
                 "sampled, but nothing judges them: give `reward_funcs` or `ranker`."
             )
         return True
+
+    def _judged_sets(self, train: Any, named: dict[str, Any]) -> dict[str, Any]:
+        """The datasets whose rows judges are asked about, by what to call them in messages."""
+        sets = {"`train_dataset`": train} | {f"`eval_dataset` {name!r}": dataset for name, dataset in named.items()}
+        asked = {where: dataset for where, dataset in sets.items() if self._is_prompts(dataset)}
+        # People and rankers are not asked about held-out prompts.
+        return asked if isinstance(self._judge, Rewards) else {w: d for w, d in asked.items() if d is train}
 
     @staticmethod
     def _check_best_metric(config: Any) -> None:
@@ -578,7 +592,8 @@ class RolloutsTrainer(RoundsTrainer):
     def _collect(self, task: _Task) -> dict[str, Any]:
         """Sample and judge until there are as many pairs as wanted, or no prompts left. Returns the statistics."""
         store = task.store
-        with self._state_errors(max(self._round, 0)):
+        held = task.judge.held() if isinstance(task.judge, Rewards) else nullcontext()
+        with self._state_errors(max(self._round, 0)), held:
             if store.open() and task.for_training:
                 self._say(
                     f"{task.where}: the rollouts on disk were of other weights; they are set aside, and it samples "

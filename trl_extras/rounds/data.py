@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import pyarrow as pa
 import torch
 import xxhash
+from accelerate.data_loader import prepare_data_loader
 
 from ..errors import ConfigurationError
 
@@ -118,6 +119,17 @@ def group_keys(dataset: Any) -> list[Hashable] | None:
         # A row without a prompt shares it with no other.
         return [prompt or ("row", index) for index, prompt in enumerate(prompts)]
     return None
+
+
+def batches_of(loader: torch.utils.data.DataLoader[Any], accelerator: Any) -> Any:
+    """This process's batches on its device; not by the accelerator's own method, which would keep every round's."""
+    return prepare_data_loader(
+        loader,
+        device=accelerator.device,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        put_on_device=True,
+    )
 
 
 def rows_fingerprint(rows: Any) -> str:

@@ -28,7 +28,6 @@ import datasets
 import numpy as np
 import torch
 import xxhash
-from accelerate.data_loader import prepare_data_loader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 from trl import SFTTrainer
@@ -41,7 +40,7 @@ from ..rollouts.judges import Rewards
 from ..rollouts.sampling import batch_seed
 from ..rollouts.trainer import RolloutsTrainer, _Task, is_prompts
 from ..rounds import sharding
-from ..rounds.data import rows_fingerprint
+from ..rounds.data import batches_of, rows_fingerprint
 from ..rounds.state import RoundFolder
 from .config import SPRConfig
 from .offline import REWARD, TRAINING_SET, Responses, each_once, has_responses, prompts_of, read_responses, without
@@ -238,6 +237,15 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
                     f"`{name}` is {getattr(config, name)!r}, but there are no offline responses: give `train_dataset` "
                     "a column `completion`, or pass an `offline_dataset`, or leave it out."
                 )
+
+    def _judged_sets(self, train: Any, named: dict[str, Any]) -> dict[str, Any]:
+        asked = super()._judged_sets(train, named)
+        asked = {where: dataset for where, dataset in asked.items() if dataset is not train}
+        if isinstance(train, datasets.Dataset) and self.args.num_generations > 0:
+            asked["`train_dataset`"] = prompts_of(train.select(range(min(len(train), 1))), self.args)
+        if self._offline is not None and np.isnan(self._offline.rewards).any():
+            asked[self._offline.where] = self._offline.rows
+        return asked
 
     def _what_rounds(self) -> str:
         return "SPR, where each round makes its rows"
@@ -704,19 +712,14 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
             return 0.0
         begun = time.monotonic()
         rows = [{"input_ids": list(r.input_ids), "labels": list(r.labels)} for r in wanted]
-        loader: Any = torch.utils.data.DataLoader(
-            rows,  # type: ignore[arg-type]
-            batch_size=self.args.per_device_train_batch_size,
-            collate_fn=self.data_collator,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-        # Not by the accelerator, which would keep every round's.
-        batches = prepare_data_loader(
-            loader,
-            device=self.accelerator.device,
-            num_processes=self.accelerator.num_processes,
-            process_index=self.accelerator.process_index,
-            put_on_device=True,
+        batches = batches_of(
+            torch.utils.data.DataLoader(
+                rows,  # type: ignore[arg-type]
+                batch_size=self.args.per_device_train_batch_size,
+                collate_fn=self.data_collator,
+                pin_memory=self.args.dataloader_pin_memory,
+            ),
+            self.accelerator,
         )
         what = f"Round {round_index + 1}: importance"
         found: list[float] = []
