@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
@@ -369,8 +369,9 @@ def test_models_that_rounds_cannot_train(make_apo: Callable[..., Any], base: Pat
     named = get_peft_model(load(base), lora(), adapter_name="mine")
     with pytest.raises(ValueError, match="Call it that"):
         make_apo(model=named)
-    integrated = load(base)
-    integrated.add_adapter(lora())
+    # What transformers' `add_adapter` does, which wants a peft of its own choice.
+    integrated = inject_adapter_in_model(lora(), load(base))
+    integrated._hf_peft_config_loaded = True
     with pytest.raises(ValueError, match="has adapters but is no PeftModel does not work"):
         make_apo(model=integrated)
     frozen = passed(base)

@@ -18,23 +18,11 @@ command -v "$python" >/dev/null || fail "$python is not there: install Python 3.
     fail "$("$python" --version 2>&1) is too old: Python 3.11 or newer is needed (set PYTHON to choose another)"
 
 # An environment is reused if it was made for these requirements by this Python.
-constraints=()
-if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
-    hardware=gpu
-else
-    hardware=cpu
-    # Without it pip may take a torch that brings several gigabytes of CUDA along.
-    constraints=(-c "$repository/constraints-cpu.txt")
-fi
-wanted="$(
-    "$python" --version
-    echo "$hardware $repository"
-    cat "$repository/pyproject.toml" "$repository/constraints-cpu.txt"
-)"
+wanted="$("$python" --version && echo "$repository" && cat "$repository/pyproject.toml" "$repository/constraints.txt")"
 if [[ -f "$venv/.installed" && "$(cat "$venv/.installed")" == "$wanted" ]]; then
     say "environment: $venv"
 else
-    say "making the environment $venv ($hardware); this takes a few minutes, once"
+    say "making the environment $venv; this takes a few minutes, once"
     if [[ -e "$venv" && ! -f "$venv/.installed" ]]; then
         fail "$venv is there, but this script has not made it: remove it or set TRL_EXTRAS_QUICKSTART_VENV"
     fi
@@ -46,7 +34,7 @@ else
     quiet=()
     [[ -t 1 ]] || quiet=(--quiet)
     "$venv/bin/python" -m pip install --disable-pip-version-check ${quiet[@]+"${quiet[@]}"} \
-        ${constraints[@]+"${constraints[@]}"} -e "$repository[quickstart]"
+        -c "$repository/constraints.txt" -e "$repository[quickstart]"
     printf '%s\n' "$wanted" >"$venv/.installed"
 fi
 
