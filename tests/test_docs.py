@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from trl_extras import SPRTrainer, cli
 from trl_extras.apo import APOConfig
 from trl_extras.apo_spo import APOSPOConfig
 from trl_extras.errors import ConfigurationError
-from trl_extras.run import Ledger, option_actions
+from trl_extras.run import Ledger, option_actions, script_path
 from trl_extras.scripts import apo, apo_spo, extrapolate, spo, spr
 from trl_extras.spo import SPOConfig
 from trl_extras.spr import SPRConfig
@@ -31,6 +32,10 @@ from trl_extras.spr import SPRConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").rglob("*.md")])
+FOLDERS = ("docs", "recipes", "tests", "trl_extras")
+FILES = [path for folder in ("*.*", *(f"{name}/**/*.*" for name in FOLDERS)) for path in ROOT.glob(folder)]
+# What a reader brings, and TRL's own.
+YOURS = {"recipe.yaml", "my_rewards.py", "dpo.py", "sft.py"}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
@@ -155,11 +160,15 @@ def test_commands_have_flags_that_exist(words: list[str]) -> None:
         assert words[at + 1] == "--trainer"
         if (name := words[at + 2]) in SCRIPTS:
             # The script comes next; the rest of the line is its arguments.
+            script_path(words[at + 3])
             assert_flags(words[at + 4 :], {**flags_of(name), "--config": None})
             assert_parses(name, words[at + 4 :])
     elif words[:2] == ["trl-extras", "extrapolate"]:
         if len(words) > 2:
             extrapolate.build_parser().parse_args(words[2:])
+    elif any(word.startswith("trl_extras.scripts.") for word in words):
+        at = next(i for i, word in enumerate(words) if word.startswith("trl_extras.scripts."))
+        assert_flags(words[at + 1 :], {**flags_of(words[at].rpartition(".")[2]), "--config": None})
     elif words[0] == "trl-extras" and words[1] in SCRIPTS:
         assert_flags(words[2:], {**flags_of(words[1]), **launcher, "--config": None})
         if "--config" in words and (recipe := words[words.index("--config") + 1]).startswith("recipes/"):
@@ -170,6 +179,43 @@ def test_commands_have_flags_that_exist(words: list[str]) -> None:
         # A file of this repository: its flags stand in its source.
         source = (ROOT / words[1]).read_text(encoding="utf-8")
         assert all(f'"{word}"' in source for word in words[2:] if word.startswith("--"))
+
+
+def inline(page: Path) -> list[str]:
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(page))]
+
+
+def sources(page: Path) -> list[Path]:
+    """This repository's programs that a page is about: beside it, or named there."""
+    text = page.read_text(encoding="utf-8")
+    return [
+        path for path in FILES if path.suffix in (".py", ".sh") and (path.parent == page.parent or path.name in text)
+    ]
+
+
+@each_page
+def test_inline_flags_exist(page: Path) -> None:
+    """Those of training and its launchers, of the programs that the page is about, and of other blocks' commands."""
+    known = set(cli._launcher_options(Ledger("docs", "docs"))[1])
+    known |= {"--trainer", "--config", "--nproc_per_node", *(flag for name in SCRIPTS for flag in flags_of(name))}
+    known |= {word for block in fences(page, "bash") for word in block.split() if word.startswith("--")}
+    text = "".join(path.read_text(encoding="utf-8") for path in sources(page))
+    for code in inline(page):
+        for flag in re.findall(r"(?<!\S)--[a-zA-Z][\w-]*", code) if code.startswith("--") else ():
+            assert flag in known or f'"{flag}"' in text, code
+
+
+@each_page
+def test_inline_paths_and_extras_exist(page: Path) -> None:
+    names = [path.as_posix() for path in FILES]
+    for code in inline(page):
+        if re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*", code):
+            assert (ROOT / code).exists(), code
+        elif re.fullmatch(r"[\w./-]+\.(?:py|sh|toml|yaml)", code) and code not in YOURS:
+            assert any(name.endswith(f"/{code.removeprefix('../')}") for name in names), code
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for found in re.findall(r"(?:trl-extras|\.)\[([\w,-]+)\]", page.read_text(encoding="utf-8")):
+        assert set(found.split(",")) <= set(extras), found
 
 
 # ---- Code ----

@@ -605,6 +605,8 @@ def test_helper_libraries_may_start_theirs(launch, monkeypatch):
         (["--trainer", "apoo", "SCRIPT"], "unknown trainer 'apoo': known are apo, apo_spo, spo, "),
         (["--trainer=no_such_module:Trainer", "SCRIPT"], "there is no module 'no_such_module'"),
         (["--trainer", "apo", "nowhere.py"], "there is no script 'nowhere.py'"),
+        (["--trainer", "apo", "dpo.py"], "there is no script 'dpo.py'; TRL's own is trl:dpo"),
+        (["--trainer", "apo", "trl:dop"], "no script 'trl:dop'; of TRL's own there are trl:distillation, trl:dpo, "),
         (["--trainer", "apo"], "the script is missing"),
         (["SCRIPT"], "--trainer NAME is missing before the script; known are apo, apo_spo, spo"),
         (["SCRIPT", "--trainer", "apo"], "--trainer NAME is missing before the script"),
@@ -683,7 +685,7 @@ def write_sft(folder):
 
 
 @pytest.fixture
-def run_stock(run_tiny, stock_dpo, tmp_path):
+def run_stock(run_tiny, tmp_path):
     """TRL's own dpo.py in another process: `run_stock("spo", "--sft_coef", "1", ...)`, with what every run takes."""
     model, data = run_tiny
     recipe = tmp_path / "recipe.yaml"
@@ -693,7 +695,7 @@ def run_stock(run_tiny, stock_dpo, tmp_path):
     def run_stock(trainer, *words, yaml=""):
         if yaml:
             recipe.write_text(recipe.read_text() + yaml)
-        command = [sys.executable, "-m", "trl_extras.run", f"--trainer={trainer}", stock_dpo, "--config", str(recipe)]
+        command = [sys.executable, "-m", "trl_extras.run", f"--trainer={trainer}", "trl:dpo", "--config", str(recipe)]
         command += ["--output_dir", str(tmp_path / "out"), *words]
         return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(tmp_path))
 

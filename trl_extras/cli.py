@@ -41,8 +41,9 @@ usage: trl-extras COMMAND ...
 {methods}
 
   run --trainer NAME SCRIPT [script arguments]
-                  run an existing, unmodified TRL script with the class swapped, in this process; with several
-                  processes: accelerate launch -m trl_extras.run --trainer NAME SCRIPT ...
+                  run an existing, unmodified TRL script (trl:dpo, trl:sft and so on for TRL's own) with the class
+                  swapped, in this process; with several processes:
+                  accelerate launch -m trl_extras.run --trainer NAME SCRIPT ...
   extrapolate NEW OLD --alpha A -o OUT
                   extrapolate between two checkpoints on disk
 

@@ -1,7 +1,7 @@
 """Run an existing, unmodified training script with TRL's trainer swapped for one of ours, in this process only.
 
 ```bash
-accelerate launch -m trl_extras.run --trainer apo dpo.py --num_rounds 3 --config recipe.yaml
+accelerate launch -m trl_extras.run --trainer apo trl:dpo --num_rounds 3 --config recipe.yaml
 torchrun --nproc_per_node 2 -m trl_extras.run --trainer my_package.my_module:MyTrainer dpo.py ...
 ```
 
@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import inspect
 import mmap
 import os
@@ -26,6 +27,7 @@ import shlex
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import ConfigurationError
@@ -608,12 +610,30 @@ def _caused_by(error: BaseException | None, kind: type[BaseException]) -> bool:
     return False
 
 
+def script_path(script: str) -> str:
+    """The file that a script's path, or `trl:NAME` for one of `trl.scripts`, stands for; nothing is imported."""
+    spec = importlib.util.find_spec("trl")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent / "scripts"
+    path = folder / f"{script.removeprefix('trl:')}.py" if script.startswith("trl:") else Path(script)
+    if path.is_file():
+        return str(path)
+    known = sorted(f"trl:{file.stem}" for file in folder.glob("*.py") if "__main__" in file.read_text("utf-8"))
+    hint = ""
+    if script.startswith("trl:"):
+        hint = f"; of TRL's own there are {', '.join(known)}"
+    elif f"trl:{path.stem}" in known:
+        hint = f"; TRL's own is trl:{path.stem}"
+    raise UserError(f"there is no script {script!r}{hint}")
+
+
 def run_script(name: str, script: str, arguments: Sequence[str] = (), *, replace_path: bool = False) -> None:
     """Run `script` as `__main__` with the classes of the method `name` in the place of TRL's.
 
     Args:
         name: a method's name, or `package.module:Class`.
-        script: path of a Python file.
+        script: path of a Python file, or `trl:NAME` for one of TRL's own.
         arguments: its command line.
         replace_path: whether `sys.path[0]` belongs to this program (started with `-m`) and makes place for the
             script's folder.
@@ -621,8 +641,7 @@ def run_script(name: str, script: str, arguments: Sequence[str] = (), *, replace
     Raises:
         UserError: for everything that this module's first lines list; whatever the script raises comes out as it is.
     """
-    if not os.path.isfile(script):
-        raise UserError(f"there is no script {script!r}")
+    script = script_path(script)
     try:
         method = resolve(name)
         swap = method.load()
@@ -677,6 +696,7 @@ usage: accelerate launch [...] -m trl_extras.run --trainer NAME SCRIPT [script a
 
 Run an existing, unmodified script with TRL's trainer and config swapped, in this process only.
 
+  SCRIPT           a Python file, or trl:dpo, trl:sft and so on for TRL's own
   --trainer NAME   the class to train with: {names}, or package.module:Class
   -h, --help       show this and leave; after SCRIPT it shows the script's own help
 
