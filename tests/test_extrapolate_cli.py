@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from tests import tiny
 from trl_extras.scripts import extrapolate as cli
@@ -260,6 +260,48 @@ def test_checkpoints_that_are_refused(
     damage(*pair)
     assert message in refused(capsys, *pair, "--alpha", 0.3, "-o", tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"new", "old"}
+
+
+@pytest.mark.parametrize("stored_by", ["new", "old"])
+def test_a_tied_head_that_only_one_folder_stores(pair: Pair, tmp_path: Path, stored_by: str) -> None:
+    """Other tools than transformers write a tied head beside the embedding."""
+    expected = extrapolate(weights(pair[0]), weights(pair[1]), 0.3)
+    folder = pair[0] if stored_by == "new" else pair[1]
+    rewrite(folder, **{"lm_head.weight": weights(folder)["model.embed_tokens.weight"].clone()})
+    assert run(*pair, "--alpha", 0.3, "-o", tmp_path / "out") == 0
+    found = weights(tmp_path / "out")
+    if stored_by == "new":
+        assert torch.equal(found.pop("lm_head.weight"), expected["model.embed_tokens.weight"])
+    assert_same(found, expected)
+
+
+def test_a_lone_tensor_that_is_no_copy_is_refused(
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = weights(pair[0])["model.embed_tokens.weight"].clone()
+    head[-1, -1] += 1
+    for lone in (head, torch.zeros_like(head)):
+        rewrite(pair[0], **{"lm_head.weight": lone})
+        assert "'lm_head.weight' is in NEW" in refused(capsys, *pair, "--alpha", 0.3, "-o", tmp_path / "out")
+
+
+def test_names_in_memory_against_original_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A kept iterate of GPT-NeoX beside its base: the message says what to do, and that works."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=64, max_position_embeddings=64, **sizes)))
+    models[0].save_pretrained(tmp_path / "base")
+    models[1].save_pretrained(tmp_path / "iterate", save_original_format=False)
+    message = refused(capsys, tmp_path / "iterate", tmp_path / "base", "--alpha", 0.3, "-o", tmp_path / "out")
+    assert "load both with transformers' from_pretrained and save both with save_pretrained(" in message
+    for name in ("iterate", "base"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        model.save_pretrained(tmp_path / f"{name} again", save_original_format=False)
+    assert run(tmp_path / "iterate again", tmp_path / "base again", "--alpha", 0.3, "-o", tmp_path / "out") == 0
+    expected = extrapolate(models[1].state_dict(), models[0].state_dict(), 0.3)
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict(), expected)
 
 
 def test_float8_is_refused(pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

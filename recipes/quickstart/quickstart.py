@@ -73,7 +73,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"(default: {DEFAULTS['learning_rate']:g}, with --lora {LORA_LEARNING_RATE:g})",
     )
     parser.add_argument("--beta", type=float, help=f"DPO's beta (default: {DEFAULTS['beta']:g})")
-    parser.add_argument("--extrapolation_alpha", dest="alpha", type=float, help="extrapolation parameter; 0 is iterative DPO (default: 0.3)")
+    parser.add_argument(
+        "--extrapolation_alpha",
+        dest="alpha",
+        type=float,
+        help="extrapolation parameter; 0 is iterative DPO (default: 0.3)",
+    )
     parser.add_argument("--batch-size", type=int, help=f"pairs a step (default: {DEFAULTS['batch_size']})")
     parser.add_argument(
         "--lora", action="store_true", default=None, help="train a LoRA adapter a round instead of the whole model"
@@ -533,7 +538,7 @@ def report(
     console.print(f"  (just done in a fresh interpreter; it wrote: {plain})", highlight=False, markup=False)
     console.print(
         "\n[bold]What to try next[/bold]\n"
-        "  bash recipes/quickstart/run.sh --extrapolation_alpha 0   iterative DPO: the same rounds without the momentum\n"
+        "  bash recipes/quickstart/run.sh --extrapolation_alpha 0   iterative DPO: no momentum\n"
         "  bash recipes/quickstart/run.sh --seed 1         how much of the table is chance\n"
         "  bash recipes/quickstart/run.sh --lora           a LoRA adapter a round: little memory and state\n"
         "  recipes/quickstart/apo.yaml                     the same rounds as a recipe: put your own reward in\n"

@@ -24,7 +24,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,8 @@ def extrapolate_checkpoints(
             adapter.save(partial)
         return Summary(adapter.num_tensors, adapter.momentum_norm)
 
-    checkpoint_new, checkpoint_old = _read_checkpoint(source_new), _read_checkpoint(source_old)
+    checkpoint_new = _read_checkpoint(source_new)
+    checkpoint_old = _with_ties_of(checkpoint_new, _read_checkpoint(source_old))
     _check_pair(checkpoint_new, checkpoint_old, source_new, source_old)
     _check_space(output, 0, [*checkpoint_new.shards, *copies])
     if "auto_map" in checkpoint_new.config:
@@ -321,6 +322,42 @@ def _is_file_name(value: object) -> bool:
     return isinstance(value, str) and value.endswith(".safetensors") and value == os.path.basename(value)
 
 
+def _with_ties_of(new: _Checkpoint, old: _Checkpoint) -> _Checkpoint:
+    """`old` with those copies of tied tensors that `new` stores: a tied head may lie beside its embedding, or not."""
+    ties = _ties(new, old)
+    needless = _ties(old, new)
+    tensors = {name: entry for name, entry in old.tensors.items() if name not in needless}
+    return replace(old, tensors=tensors | {name: old.tensors[partner] for name, partner in ties.items()})
+
+
+def _ties(here: _Checkpoint, there: _Checkpoint) -> dict[str, str]:
+    """The matrices that only `here` stores and that are copies of one that both store, with that one's name."""
+    found = {}
+    for name, entry in here.tensors.items():
+        if name in there.tensors or len(entry.shape) < 2:
+            continue
+        for partner, other in here.tensors.items():
+            alike = partner in there.tensors and (other.dtype, other.shape) == (entry.dtype, entry.shape)
+            if alike and _same_values(entry, other):
+                found[name] = partner
+                break
+    return found
+
+
+def _same_values(a: Entry, b: Entry) -> bool:
+    """Whether two stored tensors are equal, bit by bit; zeros alone tell nothing."""
+    one, two = bytearray(_PIECE_BYTES), bytearray(_PIECE_BYTES)
+    told = False
+    for offset in range(0, a.end - a.start, _PIECE_BYTES):
+        size = min(_PIECE_BYTES, a.end - a.start - offset)
+        _read_into(one, a.file, a.start + offset, size)
+        _read_into(two, b.file, b.start + offset, size)
+        if one[:size] != two[:size]:
+            return False
+        told = told or any(one[:size])
+    return told
+
+
 def _check_pair(new: _Checkpoint, old: _Checkpoint, source_new: Source, source_old: Source) -> None:
     """Refuse checkpoints that do not fit each other, naming the first tensor."""
     tied_new, tied_old = _ties_embeddings(new.config), _ties_embeddings(old.config)
@@ -332,6 +369,13 @@ def _check_pair(new: _Checkpoint, old: _Checkpoint, source_new: Source, source_o
         raise CheckpointError(
             f"{tied.name} ties its embeddings (tie_word_embeddings) and {apart.name} does not, so that {lone!r} is a "
             "tensor of its own in one of them only: save both tied or both untied."
+        )
+    if only_new and only_old:
+        raise CheckpointError(
+            f"{only_new[0]!r} is in NEW ({source_new.name}) but not in OLD ({source_old.name}), and {only_old[0]!r} "
+            "in OLD but not in NEW: if they are the same model (kept iterates have the names of a model in memory, "
+            "others may have those of its original format), load both with transformers' from_pretrained and save "
+            "both with save_pretrained(..., save_original_format=False)."
         )
     if only_new:
         raise CheckpointError(f"{only_new[0]!r} is in NEW ({source_new.name}) but not in OLD ({source_old.name}).")
