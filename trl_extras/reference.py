@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedModel
+from trl import BEMACallback, SyncRefModelCallback
 
 from .rounds import sharding
 from .rounds.saving import fsdp_version
@@ -30,6 +32,17 @@ def with_reference(given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         # ZeRO 3 has divided it while it was loaded, and a copy would be empty.
         return given, True
     return {**given, "ref_model": copy.deepcopy(model)}, False
+
+
+def mover_of_reference(callbacks: Iterable[Any]) -> str | None:
+    """The callback, or class of one, that writes the policy into the reference while it is trained, by its name."""
+    for callback in callbacks:
+        cls = callback if isinstance(callback, type) else type(callback)
+        # TRL's experimental BEMACallback derives from its stable one, which leaves the reference alone.
+        moves = issubclass(cls, BEMACallback) and vars(callback).get("update_ref_model", False)
+        if issubclass(cls, SyncRefModelCallback) or moves:
+            return cls.__name__
+    return None
 
 
 def copy_into_reference(trainer: Any) -> None:

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from trl import DPOTrainer
 
 from ..errors import ConfigurationError
-from ..reference import copy_into_reference, with_reference
+from ..reference import copy_into_reference, mover_of_reference, with_reference
 from ..rollouts.trainer import RolloutsTrainer
 from ..rounds import durable, sharding
 from ..rounds.data import batches_of, rows_fingerprint
@@ -146,6 +146,12 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
             # Before the parent adds its copy of the adapter, at which peft takes a merged one out of the base again.
             if reason := why_not_model(model):
                 yield reason
+
+    @staticmethod
+    def _unsupported_callbacks(callbacks: list[Any]) -> Iterator[tuple[str, str]]:
+        yield from RolloutsTrainer._unsupported_callbacks(callbacks)
+        if mover := mover_of_reference(callbacks):
+            yield mover, "the reference belongs to the rounds. Leave it out."
 
     @staticmethod
     def _adapter_outputs(config: Any) -> list[str]:

@@ -27,6 +27,7 @@ import torch
 import xxhash
 from accelerate.utils import is_peft_model
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.utils import logging
 
 from .. import __version__, sizing
@@ -283,6 +284,11 @@ class RoundsTrainer(WholeCheckpoints):
                 yield (
                     "EarlyStoppingCallback",
                     "a round is a whole number of epochs. Choose among the folders of `keep_iterates` instead.",
+                )
+            if callback is JITCheckpointCallback or isinstance(callback, JITCheckpointCallback):
+                yield (
+                    "JITCheckpointCallback",
+                    "it can save the extrapolated policy where the iterate is expected. Leave it out.",
                 )
 
     def _check_rows(self, train_dataset: Any, config: Any) -> None:

@@ -26,12 +26,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.utils import logging
 from trl import DPOTrainer
 
 from ..errors import ConfigurationError
 from ..own_loss import OwnLoss, refuse_override
-from ..reference import copy_into_reference, with_reference
+from ..reference import copy_into_reference, mover_of_reference, with_reference
 from ..rounds import sharding
 from ..rounds.saving import WholeCheckpoints, asked_for, fsdp_version
 from . import inner, losses, objective
@@ -255,6 +256,7 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
                 "`parallelism_config` splits sequences or repeats batches over processes, and the floor is one of "
                 "whole responses: leave it out."
             )
+        self._check_callbacks(given.get("callbacks") or [], config)
         train = given.get("train_dataset")
         sample: Any = next(iter(train), {}) if isinstance(train, (datasets.Dataset, datasets.IterableDataset)) else {}
         columns = set(sample)
@@ -274,6 +276,20 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
             raise ConfigurationError(
                 f"`loss_type={config.loss_type}` keeps no reference model, so the floor's values are computed before "
                 "training, but `train_dataset` streams: load it without streaming."
+            )
+
+    @staticmethod
+    def _check_callbacks(callbacks: list[Any], config: SPOConfig) -> None:
+        """What the configuration refuses as a field, added as an object."""
+        if mover := mover_of_reference(callbacks):
+            raise ConfigurationError(
+                f"{mover} moves the reference after the policy, and the floor with it: leave it out."
+            )
+        saves = any(c is JITCheckpointCallback or isinstance(c, JITCheckpointCallback) for c in callbacks)
+        if saves and config.bilevel_solver == "alternating":
+            raise ConfigurationError(
+                "JITCheckpointCallback may save between an inner step that is kept and the step that belongs to it: "
+                "leave it out, or use 'unrolled' or 'penalty'."
             )
 
     def _check_precision(self) -> None:
@@ -656,6 +672,7 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's `train`; where it fails between two micro-batches, the weights are back as well."""
+        self._check_callbacks(self.callback_handler.callbacks, self.args)
         try:
             return super().train(*args, **kwargs)
         finally:

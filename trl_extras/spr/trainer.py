@@ -31,6 +31,7 @@ import xxhash
 from tqdm.auto import tqdm
 from transformers.utils import logging
 from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .. import named_data
 from ..errors import ConfigurationError
@@ -158,6 +159,12 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
                 raise ConfigurationError(
                     f"`{name}` does not work with SPR: the loss is that of whole responses to prompts. Leave it out."
                 )
+        collator = given.get("data_collator")
+        if isinstance(collator, DataCollatorForLanguageModeling) and collator.padding_free:
+            raise ConfigurationError(
+                "`data_collator` has `padding_free=True`, which does not work with SPR: it makes one row of a batch, "
+                "and each response has a weight of its own. Leave it False."
+            )
         if isinstance(train, datasets.IterableDataset):
             raise ConfigurationError(
                 "A streaming `train_dataset` does not work with SPR: a round is a whole number of epochs. Load the "
@@ -892,6 +899,11 @@ class WeightedCollator:
         plain = [{name: value for name, value in row.items() if name != WEIGHT} for row in examples]
         batch = self.collator(plain)
         if WEIGHT in examples[0]:
+            if len(batch["input_ids"]) != len(examples):
+                raise ConfigurationError(
+                    f"`data_collator` made {len(batch['input_ids'])} rows of {len(examples)}, but each response has a "
+                    "weight of its own: pass one that keeps the rows, or leave it out."
+                )
             batch[WEIGHT] = torch.tensor([row[WEIGHT] for row in examples], dtype=torch.float32)
         return batch
 
