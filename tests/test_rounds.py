@@ -26,6 +26,7 @@ from trl import SFTConfig, SFTTrainer
 
 from tests import tiny
 from trl_extras import APOConfig, APOTrainer
+from trl_extras.errors import ConfigurationError
 from trl_extras.rounds import NonFiniteError, RoundDataBuilder, RoundPlan, RoundsConfig, RoundsTrainer, durable
 from trl_extras.rounds.data import RoundDataset, group_keys, rows_fingerprint, split_folds
 
@@ -785,6 +786,37 @@ def test_data_builder_needs_more_than_one_round(make_apo: Any) -> None:
     trainer.round_data_builder = lambda round_index, policy, seed: tiny.make_pairs(4)
     with pytest.raises(ValueError, match="`round_data_builder` is set, but `num_rounds` is 1"):
         trainer.train()
+
+
+def test_last_is_refused_where_every_checkpoint_of_the_run_is_damaged(make_apo: Any, tmp_path: Path) -> None:
+    settings = {**EVERY_STEP, "save_steps": 4, "num_rounds": 2}
+    make_apo(**settings).train()
+    for step in (4, 8, 12):
+        (tmp_path / f"out/checkpoint-{step}/optimizer.pt").write_bytes(b"damage")
+    (tmp_path / "out/checkpoint-12" / durable.MANIFEST).write_text("{")
+    with pytest.raises(ConfigurationError, match=r"is damaged: checkpoint-12 \(.* checkpoint-8 \(.* checkpoint-4 \("):
+        make_apo(**settings).train(resume_from_checkpoint="last")
+    # Those of an earlier run do not count, damaged or not.
+    for step in (8, 12):
+        shutil.rmtree(tmp_path / f"out/checkpoint-{step}")
+    durable.write_json(tmp_path / "out/_rounds/run.json", {**_read_run(tmp_path), "run_id": "another"})
+    trainer = make_apo(**settings)
+    trainer.train(resume_from_checkpoint="last")
+    assert trainer.state.global_step == 12
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "out/_rounds/run.json").read_text(encoding="utf-8"))
+
+
+def test_a_fresh_start_sets_kept_iterates_aside(make_apo: Any, tmp_path: Path, capsys: Any) -> None:
+    for _ in range(3):
+        make_apo(num_rounds=2, keep_iterates=True).train()
+    assert "are now in _rounds/replaced-iterates-2." in capsys.readouterr().out
+    rounds = tmp_path / "out/_rounds"
+    for name in ("iterates", "replaced-iterates-1", "replaced-iterates-2"):
+        assert {path.name for path in (rounds / name).iterdir() if path.is_dir()} == {"1", "2"}
+    assert len((rounds / "replaced-iterates-1/rounds.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
 
 def test_kept_iterates_are_this_runs_and_survive_a_kill_before_they_are_linked(

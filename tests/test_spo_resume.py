@@ -12,6 +12,7 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
+from trl import DPOConfig, DPOTrainer
 
 from tests import tiny
 from trl_extras.errors import ConfigurationError
@@ -142,3 +143,23 @@ def test_a_half_written_checkpoint_is_left_aside(
     for step in (3, 4):
         manifest = json.loads((folder / f"checkpoint-{step}" / "manifest.json").read_text(encoding="utf-8"))
         assert FLOOR.as_posix() in manifest["files"]
+
+
+@pytest.mark.parametrize("by", ["train", "config"])
+def test_a_stock_trainers_checkpoint_is_refused(base: Path, tmp_path: Path, make_spo: Any, by: str) -> None:
+    """Its steps would count as done, and a finished one would end the run at once."""
+    stock = DPOTrainer(
+        model=str(base), args=DPOConfig(**tiny.arguments(tmp_path / "out", save_strategy="epoch", num_train_epochs=1)),
+        train_dataset=tiny.make_pairs(4), processing_class=tiny.make_tokenizer(),
+    )  # fmt: skip
+    stock.train()
+    with pytest.raises(ConfigurationError, match="checkpoint-2 was written by a stock trainer"):
+        make_spo(resume_from_checkpoint="last" if by == "config" else None).train(resume_from_checkpoint="last")
+
+
+def test_last_is_refused_where_every_checkpoint_is_damaged(make_spo: Any, tmp_path: Path) -> None:
+    make_spo(save_strategy="steps", save_steps=3).train()
+    for step in (3, 6):
+        (tmp_path / f"out/checkpoint-{step}/optimizer.pt").write_bytes(b"damage")
+    with pytest.raises(ConfigurationError, match=r"is damaged: checkpoint-6 \(optimizer.pt has 6 bytes"):
+        make_spo().train(resume_from_checkpoint="last")

@@ -43,14 +43,6 @@ def folders_to_sweep(rollouts: Path) -> list[Path]:
     return [rollouts, *sets, *(path / part for path in sets for part in _PARTS)]
 
 
-def set_aside(folder: Path) -> None:
-    """Give a folder another name, which no run looks for, instead of removing it."""
-    number = 1
-    while (target := folder.with_name(f"replaced-{folder.name}-{number}")).exists():
-        number += 1
-    folder.rename(target)
-
-
 class RolloutStore:
     """
     One set of rollouts.
@@ -106,7 +98,7 @@ class RolloutStore:
         if self.write and (found is None or replaced):
             if replaced and not self.replace:
                 # Somebody may have paid for what was said of them.
-                set_aside(self.folder)
+                durable.set_aside(self.folder)
             durable.discard(self.folder)
             for part in _PARTS:
                 (self.folder / part).mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ from .judges import JudgementError, Ranker, Rewards, public_name, same_judges
 from .labels import WaitingForLabels, label_rows, read_labels
 from .pairs import best_and_worst, combine, distinct_bigrams, mean_and_error
 from .sampling import Batch, SamplingSettings, TransformersSampler, batch_seed, plan_batches, stop_tokens
-from .store import LABELS, RolloutStore, folders_to_sweep, set_aside
+from .store import LABELS, RolloutStore, folders_to_sweep
 from .texts import appended_tokens, completion_text, without_appended
 
 
@@ -453,7 +453,7 @@ class RolloutsTrainer(RoundsTrainer):
                 if numbered is None or int(numbered[1]) < self.args.num_rounds:
                     continue
                 if (folder / LABELS).exists():
-                    set_aside(folder)
+                    durable.set_aside(folder)
                 else:
                     durable.discard(folder)
         self.accelerator.wait_for_everyone()

@@ -65,7 +65,7 @@ def resolve(value: str | bool | None, output_dir: Path, run_id: str | None) -> t
         The folder, or None to start from the beginning, and what a user should be told.
 
     Raises:
-        ValueError: an explicit path is not a whole checkpoint.
+        ConfigurationError: an explicit path is not a whole checkpoint, or every checkpoint of the run is damaged.
     """
     if value is None or value is False or (isinstance(value, str) and value.lower() in _NONE):
         return None, []
@@ -80,19 +80,34 @@ def resolve(value: str | bool | None, output_dir: Path, run_id: str | None) -> t
                 "one, or use 'last' for the newest whole one."
             ) from error
         return folder, []
-    told = []
+    told, damaged = [], []
     for _, folder in reversed(list_checkpoints(output_dir)):
         try:
             manifest = verify_checkpoint(folder)
         except durable.DamagedStateError as error:
             told.append(f"{folder.name} is left aside: {error}.")
+            if _is_ours(folder, run_id):
+                damaged.append(f"{folder.name} ({error})")
             continue
         if run_id is not None and manifest is not None and manifest.get("run_id") != run_id:
             told.append(f"{folder.name} is left aside: an earlier run in this folder wrote it.")
             continue
         return folder, told
+    if damaged:
+        raise ConfigurationError(
+            f"`resume_from_checkpoint` is {value!r}, but every checkpoint of the run in `output_dir` is damaged: "
+            f"{', '.join(damaged)}. Put back a copy, or remove them or leave it out to begin anew."
+        )
     told.append("There is no whole checkpoint to resume from: starting from the beginning.")
     return None, told
+
+
+def _is_ours(damaged: Path, run_id: str | None) -> bool:
+    """Whether a damaged checkpoint was whole once, and not one of another run; without a manifest it never was."""
+    try:
+        return run_id in (None, durable.read_manifest(damaged).get("run_id"))
+    except durable.DamagedStateError:
+        return (damaged / durable.MANIFEST).exists()
 
 
 def rotate(output_dir: Path, limit: int | None, current_step: int, best: str | None) -> None:

@@ -159,6 +159,14 @@ def discard(folder: Path) -> None:
         remove(trash)
 
 
+def set_aside(folder: Path) -> Path:
+    """Give a folder another name, which no run looks for, instead of removing it. Returns its new place."""
+    number = 1
+    while (target := folder.with_name(f"replaced-{folder.name}-{number}")).exists():
+        number += 1
+    return folder.rename(target)
+
+
 def remove(folder: Path) -> None:
     """Remove a folder if it is there."""
     with suppress(FileNotFoundError):

@@ -257,6 +257,8 @@ class WholeCheckpoints(_Parent):
         checkpoint, told = self._resolve(resume_from_checkpoint, self._output_dir)
         for line in told:
             self._say(line)
+        if checkpoint is not None:
+            self._check_checkpoint(checkpoint)
         self._resumed_from = checkpoint
         self._begin(checkpoint)
         if checkpoint is not None:

@@ -954,7 +954,7 @@ class RoundsTrainer(WholeCheckpoints):
             rounds = self._output_dir / ROUNDS_DIR
             with self._state_errors(0):
                 rounds.mkdir(parents=True, exist_ok=True)
-                durable.discard(rounds / "iterates")
+                self._set_iterates_aside(rounds / "iterates")
                 for old in rounds.glob("round-*"):
                     if int(old.name.removeprefix("round-")) >= self._plan.num_rounds:
                         durable.discard(old)
@@ -964,6 +964,15 @@ class RoundsTrainer(WholeCheckpoints):
                 )
             self._write_summaries()
         self.accelerator.wait_for_everyone()
+
+    def _set_iterates_aside(self, iterates: Path) -> None:
+        """What an earlier run has kept is its result, and its rows of `rounds.jsonl` belong to it."""
+        if not iterates.is_dir():
+            return
+        aside, rows = durable.set_aside(iterates), self._output_dir / "rounds.jsonl"
+        if rows.is_file():
+            rows.replace(aside / rows.name)
+        self._say(f"The iterates that an earlier run has kept in this folder are now in {ROUNDS_DIR}/{aside.name}.")
 
     def _restore_folder(self, checkpoint: Path, round_index: int) -> None:
         """Bring the round's folder from a checkpoint into the output folder, which may be another one."""

@@ -406,6 +406,15 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
         self._spo_floor = found
         self._write_floor(found)
 
+    def _check_checkpoint(self, checkpoint: Path) -> dict[str, Any] | None:
+        manifest = super()._check_checkpoint(checkpoint)
+        if manifest is None:
+            raise ConfigurationError(
+                f"{checkpoint.name} was written by a stock trainer, whose steps would count as this run's: start from "
+                "its weights instead, with it as the model, in another `output_dir`."
+            )
+        return manifest
+
     def _complete_checkpoint(self, staged: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         content, known = super()._complete_checkpoint(staged)
         if self._spo_rows is not None:
