@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -402,3 +403,32 @@ def test_callbacks_see_the_iterate_at_the_end_of_a_round(make_apo: Any, tmp_path
         )
         assert tiny.same_weights(kept, model)
     assert [row["mine"] for row in trainer.round_summaries] == [1.5] * 3
+
+
+def test_whatever_a_callback_puts_into_a_rounds_row_is_kept(make_apo: Any, tmp_path: Path, caplog: Any) -> None:
+    """Also in checkpoints, and by a run that goes on."""
+    from transformers import TrainerCallback
+
+    class Puts(TrainerCallback):
+        def on_round_end(self, args: Any, state: Any, control: Any, *, summary: Any, **kwargs: Any) -> None:
+            summary |= {
+                "nan": math.nan, "scores": {"inf": np.float32("inf"), 1: np.float32(0.5)}, "count": np.int64(3),
+                "torch": torch.tensor(0.25, dtype=torch.bfloat16), "list": (np.bool_(True), np.arange(2)),
+                "object": Path("a"), "text": "kept", "none": None,
+            }  # fmt: skip
+
+    settings = {"num_rounds": 2, "save_strategy": "steps", "save_steps": 8, "callbacks": [Puts()]}
+    make_apo(**settings).train()
+    assert caplog.text.count("Round 1: nan, scores/inf in the round's `summary` is not finite") == 1
+    trackers = tiny.Trackers()
+    resumed = make_apo(**{**settings, "callbacks": [Puts(), trackers]})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-8"))
+    rows = [json.loads(line) for line in (tmp_path / "out/rounds.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows == resumed.round_summaries
+    assert len(rows) == 2
+    for row in rows:
+        assert (row["nan"], row["scores"]) == (None, {"inf": None, "1": 0.5})
+        assert (row["count"], row["torch"], row["list"]) == (3, 0.25, [True, [0, 1]])
+        assert (row["object"], row["text"], row["none"]) == ("a", "kept", None)
+    (logged,) = [row for row in trackers.rows if "round/torch" in row]
+    assert (logged["round/torch"], logged["round/scores/1"], logged["round/count"]) == (0.25, 0.5, 3)

@@ -6,6 +6,7 @@ renamed. Whatever is read back is checked against that manifest.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import xxhash
 
 
@@ -50,6 +53,25 @@ def sync(path: Path) -> None:
 def files_below(folder: Path) -> list[Path]:
     """All files below a folder, sorted."""
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def as_json(value: Any, not_finite: list[str], name: str = "") -> Any:
+    """
+    What JSON has of a value: numbers of numpy's and torch's as Python's, None where one is not finite, whose name is
+    added to `not_finite`, and the text of other objects.
+    """
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {
+            str(key): as_json(inner, not_finite, f"{name}/{key}" if name else str(key)) for key, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [as_json(inner, not_finite, name) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        not_finite.append(name)
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1161,6 +1161,13 @@ class RoundsTrainer(WholeCheckpoints):
         summary |= self._logged_in(round_index)
         self._measure_iterate(round_index, summary)
         self._call_round_end(round_index, summary)
+        not_finite: list[str] = []
+        summary = durable.as_json(summary, not_finite)
+        if not_finite:
+            self._warn(
+                f"Round {round_index + 1}: {', '.join(not_finite)} in the round's `summary` is not finite, and is "
+                "written as null."
+            )
         self.round_summaries = [row for row in self.round_summaries if row["round"] != round_index] + [summary]
         with self._state_errors(round_index):
             self._write_summaries()
