@@ -339,6 +339,7 @@ def test_compat_names_are_there() -> None:
     assert all(callable(getattr(SFTTrainer, name)) for name in _compat.OVERRIDDEN_SFT_METHODS)
     assert set(_compat.SPR_ATTRIBUTES) <= set_on_self(SFTTrainer)
     assert {*_compat.DPO_ATTRIBUTES, *_compat.SPO_ATTRIBUTES} <= set_on_self(DPOTrainer)
+    assert set(_compat.TRAINER_ATTRIBUTES) <= set_on_self(Trainer)
     assert all(callable(getattr(Trainer, name)) for name in _compat.CALLED_BY_SPO)
     assert transformers.trainer.TRAINER_STATE_NAME == _compat.TRAINER_STATE_NAME
 

@@ -67,7 +67,8 @@ def test_saving_between_steps_is_refused_as_an_object(make: Any, name: str, sett
 
 def make_spr(base: Path, folder: Path, data: Any = None, collator: Any = None, **settings: Any) -> SPRTrainer:
     data = tiny.make_sft_rows(8).add_column("reward", [float(i) for i in range(8)]) if data is None else data
-    arguments = tiny.arguments(folder, num_rounds=2, num_generations=0, reward_temperature=3, **settings)
+    settings = {"num_rounds": 2, "num_generations": 0, "reward_temperature": 3, **settings}
+    arguments = tiny.arguments(folder, **settings)
     return SPRTrainer(
         model=str(base), args=SPRConfig(**arguments), train_dataset=data, processing_class=tiny.make_tokenizer(),
         data_collator=collator,
@@ -80,3 +81,91 @@ def test_a_collator_that_makes_one_row_of_a_batch_is_refused(base: Path, tmp_pat
     flat = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     with pytest.raises(ConfigurationError, match="`data_collator` made 1 rows of 2"):
         make_spr(base, tmp_path, collator=lambda rows: flat(rows)).train()
+
+
+# ---- Arguments ----
+
+
+CHANGES = {
+    "apo": {
+        "num_rounds": 3, "learning_rate": 3e-3, "extrapolation_alpha": 0.6, "round_beta": [0.1, 0.5, 1.0],
+        "round_data": "reuse", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+        "weight_decay": 0.1, "lr_scheduler_type": "cosine",
+    },
+    "spo": {"sft_coef": 50.0, "learning_rate": 3e-3, "beta": 0.7, "sft_tolerance": 0.01, "hinge": "batch"},
+    "apo_spo": {"sft_coef": 5.0, "num_rounds": 2, "extrapolation_alpha": [0.6, 0.1]},
+    "spr": {"reward_temperature": 0.5, "num_rounds": 3, "skip_equal_groups": True, "learning_rate": 3e-3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(CHANGES))
+def test_arguments_count_as_they_are_when_train_begins(make: Any, base: Path, tmp_path: Path, name: str) -> None:
+    def made(folder: str, **settings: Any) -> Any:
+        if name == "spr":
+            return make_spr(base, tmp_path / folder, **settings)
+        return make(name, folder=folder, **settings)
+
+    wanted = made("wanted", save_strategy="epoch", **CHANGES[name])
+    wanted.train()
+    changed = made("changed", save_strategy="epoch")
+    for field, value in CHANGES[name].items():
+        setattr(changed.args, field, value)
+    changed.train()
+    assert tiny.same_weights(wanted.model, changed.model)
+    assert [row.get("loss") for row in wanted.state.log_history] == [
+        row.get("loss") for row in changed.state.log_history
+    ]
+    before = made("before")
+    before.train()
+    assert not tiny.same_weights(before.model, changed.model), "nothing would be told"
+    # What the run's folder and checkpoints say is what it was trained with.
+    wanted = made("wanted", save_strategy="epoch", **CHANGES[name])
+    (tmp_path / "wanted").rename(tmp_path / "away")
+    (tmp_path / "changed").rename(tmp_path / "wanted")
+    wanted = made("wanted", save_strategy="epoch", **CHANGES[name])
+    wanted.train(resume_from_checkpoint="last")
+    assert tiny.same_weights(wanted.model, changed.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("apo", "num_rounds", 1), ("apo", "max_length", 16), ("apo", "loss_type", ["ipo"]), ("apo", "bf16", True),
+        ("apo", "precompute_ref_log_probs", True), ("apo", "adapter_rank", 4), ("spo", "lower_level", "both"),
+        ("spo", "label_smoothing", 0.1), ("spo", "sft_optimum", 0.5), ("spr", "num_generations", 2),
+        ("spr", "max_length", 16), ("spr", "behavior_logps_column", "mu"),
+    ],
+)  # fmt: skip
+def test_a_change_that_cannot_count_is_refused(
+    make: Any, base: Path, tmp_path: Path, name: str, field: str, value: Any
+) -> None:
+    given = {"sft_dataset": tiny.make_sft_rows(4)} if name == "spo" else {}
+    trainer = make_spr(base, tmp_path) if name == "spr" else make(name, **given)
+    setattr(trainer.args, field, value)
+    with pytest.raises(ConfigurationError, match=f"`{field}` is .* when the trainer was made"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("apo", "extrapolation_alpha", -1), ("apo", "extrapolation_alpha", [0.1, 0.2]), ("apo", "num_rounds", 0),
+        ("spo", "sft_coef", -1), ("spo", "sync_ref_model", True), ("spo", "sft_batch_size", 2),
+        ("spr", "reward_temperature", 0), ("spr", "packing", True), ("apo", "load_best_model_at_end", True),
+    ],
+)  # fmt: skip
+def test_a_change_is_checked_like_what_was_given(
+    make: Any, base: Path, tmp_path: Path, name: str, field: str, value: Any
+) -> None:
+    trainer = make_spr(base, tmp_path) if name == "spr" else make(name)
+    setattr(trainer.args, field, value)
+    with pytest.raises(ConfigurationError, match=f"`{field}"):
+        trainer.train()
+
+
+def test_another_output_dir_is_looked_at_when_train_begins(make_apo: Any, tmp_path: Path) -> None:
+    make_apo("there", num_rounds=2, learning_rate=1e-3).train()
+    trainer = make_apo("here", num_rounds=2)
+    trainer.args.output_dir = str(tmp_path / "there")
+    with pytest.raises(ConfigurationError, match=r"`learning_rate` is 0.01, but the run whose rounds"):
+        trainer.train()

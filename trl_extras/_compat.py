@@ -25,6 +25,8 @@ OVERRIDDEN_TRAINER_METHODS = ("_get_output_dir", "_save_checkpoint", "_push_from
 OVERRIDDEN_LOADING = ("_load_from_checkpoint", "_load_best_model")
 # What DPOTrainer calls its frozen copy of an adapter that is passed, and has as the reference while it is there.
 REFERENCE_ADAPTER = "ref"
+# Set on a transformers.Trainer: it reads the batch size that was in its arguments when it was made.
+TRAINER_ATTRIBUTES = ("_train_batch_size",)
 # Called on a transformers.Trainer.
 CALLED_TRAINER_METHODS = ("_finish_current_push",)
 # Called by SPOTrainer on a transformers.Trainer.
@@ -53,6 +55,7 @@ __all__ = [
     "REFERENCE_ADAPTER",
     "SPO_ATTRIBUTES",
     "SPR_ATTRIBUTES",
+    "TRAINER_ATTRIBUTES",
     "TRAINER_STATE_NAME",
     "_BaseConfig",
     "_BaseTrainer",

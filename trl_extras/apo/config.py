@@ -96,6 +96,15 @@ class APOConfig(SamplingConfig, RoundsConfig, DPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.validate_apo()
+
+    def validate_apo(self) -> None:
+        """
+        Check the fields of this class and its mixins; the trainer does it again, because fields can be set later.
+
+        Raises:
+            ConfigurationError: naming the field, what it got, what it wants.
+        """
         # argparse checks choices for flags only: a YAML file or a program can bring anything.
         for name, choices in (
             ("momentum_from", MOMENTUM_FROM),

@@ -198,6 +198,11 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
 
     # ---- A round ----
 
+    def _settle_arguments(self) -> None:
+        self.args.validate_apo()
+        super()._settle_arguments()
+        self.beta = self.args.beta_of(0)
+
     def _needs_rounds(self, config: Any) -> list[str]:
         extrapolated = ["`output_policy='extrapolated'`"] if config.output_policy == "extrapolated" else []
         return super()._needs_rounds(config) + extrapolated + self._adapter_outputs(config)

@@ -11,7 +11,7 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from .. import __version__
 from .._compat import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 from ..errors import ConfigurationError
 from ..tensor_files import WeightsFolder
+from ..used_up import UsedUp
 from . import checkpoints, durable, sharding
 from .data import rows_fingerprint
 from .state import STATE_VERSION, FullWeights, fingerprint
@@ -106,6 +107,7 @@ class WholeCheckpoints(_Parent):
     # Of a model with an adapter, the names of what is trained.
     _adapter_names: frozenset[str] = frozenset()
     _dated: DatedRows
+    _made_with: UsedUp
 
     # ---- The constructor's arguments ----
 
@@ -253,6 +255,7 @@ class WholeCheckpoints(_Parent):
         Raises:
             ValueError: the checkpoint is damaged, or belongs to another run.
         """
+        self._settle_arguments()
         self._tidy()
         checkpoint, told = self._resolve(resume_from_checkpoint, self._output_dir)
         for line in told:
@@ -283,6 +286,24 @@ class WholeCheckpoints(_Parent):
         finally:
             # Upstream leaves it set where training ends by an exception; an evaluation by hand looks at it.
             self.is_in_train = False
+
+    def _partly_used(self) -> dict[str, Callable[[Any], Any]]:
+        """Of fields that the constructor has used in part, which part, as a function of the value; a method's own."""
+        return {}
+
+    def _note_arguments(self) -> None:
+        """The end of the constructor: `args` may be changed until `train()`, where that can still count."""
+        self._made_with = UsedUp(self.args, self._partly_used())
+
+    def _settle_arguments(self) -> None:
+        """
+        `train()` begins, with `args` as they are now.
+
+        Raises:
+            ConfigurationError: they are not valid, or a change since the trainer was made cannot count.
+        """
+        self._made_with.check(self.args)
+        self._train_batch_size = self.args.train_batch_size
 
     def _tidy(self) -> None:
         """Remove what a killed run left unfinished."""

@@ -161,6 +161,8 @@ class RoundsTrainer(WholeCheckpoints):
             # In front, so that every other callback sees the weights and data of the round that begins.
             self.callback_handler.callbacks.insert(0, _RoundBoundaries(self))
         self._prepared_train_dataset: Any = self.train_dataset
+        self._note_arguments()
+        self._noted_configuration = self._comparable_configuration(self.args)
 
     def _make_weights(self, given: dict[str, Any]) -> TrainableState:
         if not is_peft_model(self.model):
@@ -525,6 +527,23 @@ class RoundsTrainer(WholeCheckpoints):
             )
         self._resumes = bool(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval, **kwargs)
+
+    def _partly_used(self) -> dict[str, Callable[[Any], Any]]:
+        return {**super()._partly_used(), "num_rounds": lambda number: number > 1}
+
+    def _settle_arguments(self) -> None:
+        self.args.validate_rounds()
+        super()._settle_arguments()
+        # The parent has moved defaults into the arguments since what is compared was taken down.
+        now = self._comparable_configuration(self.args)
+        self._configuration |= {name: v for name, v in now.items() if v != self._noted_configuration.get(name)}
+        self._noted_configuration = now
+        if self._keeps_rounds:
+            self._refuse_foreign_rounds(self.args)
+        elif needing := self._needs_rounds(self.args):
+            raise ConfigurationError(
+                f"{needing[0]} needs the rounds' state, which is not kept as the trainer was made: make a new one."
+            )
 
     def _begin(self, checkpoint: Path | None) -> None:
         super()._begin(checkpoint)

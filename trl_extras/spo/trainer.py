@@ -36,7 +36,7 @@ from ..reference import copy_into_reference, mover_of_reference, with_reference
 from ..rounds import sharding
 from ..rounds.saving import WholeCheckpoints, asked_for, fsdp_version
 from . import inner, losses, objective
-from .config import OWN_LOSSES, SPOConfig
+from .config import OWN_LOSSES, REFERENCE, SPOConfig
 from .floor import Floor, model_fingerprint
 from .sft_data import IGNORED, SFTRows, load_rows, processing_class_of
 
@@ -191,8 +191,7 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
         if config.is_reference_free:
             self._release_reference()
         self._spo_watch = OwnLoss(self, "what SPO adds to the loss")
-        if config.sft_coef > 0 or self._spo_losses:
-            self.add_callback(self._spo_watch)
+        self._note_arguments()
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         given = super()._bind(args, kwargs)
@@ -204,6 +203,26 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
             given["args"] = copy.copy(config)
             given["args"].precompute_ref_log_probs = True
         return given
+
+    def _partly_used(self) -> dict[str, Callable[[Any], Any]]:
+        # The floor of an SFT dataset is the initial model's, if it is not a number.
+        # TRL keeps beta beside the arguments, where it can be set again.
+        floor = {"sft_optimum": lambda value: self._spo_rows is None or value == REFERENCE}
+        return {**super()._partly_used(), **floor, "beta": lambda value: None}
+
+    def _settle_arguments(self) -> None:
+        args = self.args
+        args.validate_spo()
+        super()._settle_arguments()
+        if args.beta != self._made_with.values["beta"]:
+            self.beta = args.beta
+        self._check_sources(args, self._spo_rows is not None)
+        self._check_settings({"model": self.model, "callbacks": self.callback_handler.callbacks}, args)
+        if args.bilevel_solver != "penalty":
+            self._check_precision()
+        self.remove_callback(OwnLoss)
+        if args.sft_coef > 0 or self._spo_losses:
+            self.add_callback(self._spo_watch)
 
     def _release_reference(self) -> None:
         """The reference has done its work before training."""
@@ -681,7 +700,6 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's `train`; where it fails between two micro-batches, the weights are back as well."""
-        self._check_callbacks(self.callback_handler.callbacks, self.args)
         try:
             return super().train(*args, **kwargs)
         finally:

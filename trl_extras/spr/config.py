@@ -107,6 +107,15 @@ class SPRConfig(SamplingConfig, RoundsConfig, SFTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.validate_spr()
+
+    def validate_spr(self) -> None:
+        """
+        Check the fields of this class and its mixins; the trainer does it again, because fields can be set later.
+
+        Raises:
+            ConfigurationError: naming the field, what it got, what it wants.
+        """
         self.validate_rounds()
         self.validate_sampling(least_generations=0)
         set_number(

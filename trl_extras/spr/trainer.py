@@ -19,7 +19,7 @@ import copy
 import math
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -304,6 +304,13 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         if config.num_generations == 0 and self._offline is not None:
             train_dataset = self._offline.rows
         super()._check_rows(train_dataset, config)
+
+    def _partly_used(self) -> dict[str, Callable[[Any], Any]]:
+        return {**super()._partly_used(), "num_generations": lambda number: number == 0}
+
+    def _settle_arguments(self) -> None:
+        self.args.validate_spr()
+        super()._settle_arguments()
 
     def _per_round_fields(self) -> set[str]:
         return {"offline_ratio"}
