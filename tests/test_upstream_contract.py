@@ -109,6 +109,8 @@ FOREIGN_ATTRIBUTES = {
     "_signature_columns": "test_columns_that_reach_the_collator_are_listed",
     "_save_checkpoint": "test_a_checkpoint_goes_where_get_output_dir_says",
     "_tag_names": "test_card_attributes",
+    "_get_train_sampler": "test_compat_names_are_there",
+    "_train_batch_size": "test_compat_names_are_there",
 }
 
 
@@ -300,7 +302,8 @@ def test_our_names_hide_nothing_of_upstreams_by_accident() -> None:
             "create_model_card", "save_model", "train", "training_step",
         },
         RoundsTrainer: {
-            "_load_from_checkpoint", "_save_checkpoint", "save_model", "set_initial_training_values", "train",
+            "_load_from_checkpoint", "_save_checkpoint", "get_train_dataloader", "save_model",
+            "set_initial_training_values", "train",
         },
         RolloutsTrainer: {*_compat.OVERRIDDEN_DATA_METHODS, "evaluate"},
         APOTrainer: {*_compat.OVERRIDDEN_DPO_METHODS, "_name", "_paper", "_tag_names"},
@@ -314,11 +317,11 @@ def test_our_names_hide_nothing_of_upstreams_by_accident() -> None:
         },
     }  # fmt: skip
     set_on_purpose = {
-        WholeCheckpoints: {"is_in_train"},
+        WholeCheckpoints: {"is_in_train", *_compat.TRAINER_ATTRIBUTES},
         RoundsTrainer: {"args", "control", "train_dataset", "optimizer", "lr_scheduler"},
         RolloutsTrainer: set(),
         APOTrainer: {*_compat.DPO_ATTRIBUTES, "eval_dataset"} - {"precompute_ref_logps"},
-        SPOTrainer: {*_compat.SPO_ATTRIBUTES, "ref_model"} - {"_metrics"},
+        SPOTrainer: {*_compat.SPO_ATTRIBUTES, "beta", "ref_model"} - {"_metrics"},
         SPRTrainer: set(_compat.SPR_ATTRIBUTES),
     }
     for ours, wanted in overridden.items():
@@ -339,6 +342,8 @@ def test_compat_names_are_there() -> None:
     assert all(callable(getattr(SFTTrainer, name)) for name in _compat.OVERRIDDEN_SFT_METHODS)
     assert set(_compat.SPR_ATTRIBUTES) <= set_on_self(SFTTrainer)
     assert {*_compat.DPO_ATTRIBUTES, *_compat.SPO_ATTRIBUTES} <= set_on_self(DPOTrainer)
+    for name in _compat.CALLED_IN_ROUNDS:
+        assert list(inspect.signature(getattr(Trainer, name)).parameters) == ["self", "train_dataset"]
     assert set(_compat.TRAINER_ATTRIBUTES) <= set_on_self(Trainer)
     assert all(callable(getattr(Trainer, name)) for name in _compat.CALLED_BY_SPO)
     assert transformers.trainer.TRAINER_STATE_NAME == _compat.TRAINER_STATE_NAME

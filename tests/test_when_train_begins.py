@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import SyncRefModelCallback
 from trl.experimental.bema_for_ref_model import BEMACallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from tests import tiny
-from trl_extras import APOSPOTrainer, SPRConfig, SPRTrainer
+from trl_extras import APOSPOTrainer, APOTrainer, SPRConfig, SPRTrainer
 from trl_extras.errors import ConfigurationError
 
 
@@ -169,3 +170,108 @@ def test_another_output_dir_is_looked_at_when_train_begins(make_apo: Any, tmp_pa
     trainer.args.output_dir = str(tmp_path / "there")
     with pytest.raises(ConfigurationError, match=r"`learning_rate` is 0.01, but the run whose rounds"):
         trainer.train()
+
+
+# ---- Samplers ----
+
+
+class Longest(torch.utils.data.Sampler):
+    """The rows by their lengths, which are read when the sampler is made."""
+
+    def __init__(self, dataset: Any, column: str):
+        lengths = [len(ids) for ids in dataset[column]]
+        assert [len(row[column]) for row in dataset] == lengths
+        assert column in dataset.column_names
+        self.order = sorted(range(len(dataset)), key=lambda i: -lengths[i])
+
+    def __iter__(self) -> Any:
+        return iter(self.order)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+
+def seen_by(trainer: Any, column: str) -> list[list[int]]:
+    """For each step the lengths of its rows."""
+    seen: list[list[int]] = []
+    collate = trainer.data_collator
+
+    def watch(rows: Any) -> Any:
+        seen.append([len(row[column]) for row in rows])
+        return collate(rows)
+
+    trainer.data_collator = watch
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["folds", "builder", "spr"])
+def test_a_sampler_reads_the_rows_of_its_round(make_apo: Any, base: Path, tmp_path: Path, kind: str) -> None:
+    column = "input_ids" if kind == "spr" else "chosen_ids"
+    trainer = make_spr(base, tmp_path) if kind == "spr" else make_apo(num_rounds=2)
+    trainer._get_train_sampler = lambda dataset=None: Longest(trainer.train_dataset, column)
+    if kind == "builder":
+        trainer.round_data_builder = lambda round_index, policy, seed: tiny.make_pairs(12, seed=round_index + 5)
+    seen = seen_by(trainer, column)
+    trainer.train()
+    half = len(seen) // 2
+    rounds = [[length for step in steps for length in step] for steps in (seen[:half], seen[half:])]
+    assert all(lengths == sorted(lengths, reverse=True) for lengths in rounds)
+    assert all(len(set(lengths)) > 1 for lengths in rounds)
+
+
+def test_a_sampler_reads_the_rows_of_the_round_that_it_resumes_in(make_apo: Any, tmp_path: Path) -> None:
+    def made(folder: str) -> Any:
+        trainer = make_apo(folder, num_rounds=2, save_strategy="steps", save_steps=1)
+        trainer._get_train_sampler = lambda dataset=None: Longest(trainer.train_dataset, "chosen_ids")
+        return trainer
+
+    whole = made("out")
+    whole.train()
+    for step in (3, 6, 8):
+        resumed = made(f"from {step}")
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"out/checkpoint-{step}"))
+        assert tiny.same_weights(whole.model, resumed.model)
+
+
+def test_a_sampler_that_changes_its_length_is_refused(make_apo: Any) -> None:
+    trainer = make_apo(num_rounds=2)
+    trainer._get_train_sampler = lambda dataset=None: range(12 - 2 * max(trainer._round, 0))
+    with pytest.raises(ConfigurationError, match="`_get_train_sampler` draws 10 rows in round 2, but every epoch"):
+        trainer.train()
+
+
+def test_rows_that_are_not_there_yet_are_said_to_be(make_apo: Any) -> None:
+    class Reads(APOTrainer):
+        def get_train_dataloader(self) -> Any:
+            return self.train_dataset["chosen_ids"]
+
+    trainer = make_apo(num_rounds=2)
+    trainer.__class__ = Reads
+    with pytest.raises(ConfigurationError, match="read before the first round has begun"):
+        trainer.train()
+
+
+# ---- Compilation ----
+
+
+@pytest.mark.parametrize("name", ["apo", "spo", "spr"])
+def test_a_compiled_model_trains_the_same(make: Any, base: Path, tmp_path: Path, name: str) -> None:
+    """As TRL has it: the reference is compiled too. Dynamo without a compiler behind it has the same arithmetic."""
+    trainers = []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        folder = f"out{len(trainers)}"
+        settings = {"save_strategy": "steps", "save_steps": 3, **compiled}
+        settings |= {"num_rounds": 2} if name == "apo" else {}
+
+        def made(folder: str = folder, settings: dict[str, Any] = settings) -> Any:
+            if name == "spr":
+                return make_spr(base, tmp_path / folder, **settings)
+            return make(name, folder=folder, **settings)
+
+        trainer = made()
+        trainer.train()
+        resumed = made()
+        resumed.train(resume_from_checkpoint=str(tmp_path / folder / "checkpoint-3"))
+        assert tiny.same_weights(trainer.model, resumed.model)
+        trainers.append(trainer)
+    assert tiny.same_weights(trainers[0].model, trainers[1].model)

@@ -25,6 +25,8 @@ OVERRIDDEN_TRAINER_METHODS = ("_get_output_dir", "_save_checkpoint", "_push_from
 OVERRIDDEN_LOADING = ("_load_from_checkpoint", "_load_best_model")
 # What DPOTrainer calls its frozen copy of an adapter that is passed, and has as the reference while it is there.
 REFERENCE_ADAPTER = "ref"
+# Users override it; called on a transformers.Trainer in every round.
+CALLED_IN_ROUNDS = ("_get_train_sampler",)
 # Set on a transformers.Trainer: it reads the batch size that was in its arguments when it was made.
 TRAINER_ATTRIBUTES = ("_train_batch_size",)
 # Called on a transformers.Trainer.
@@ -44,6 +46,7 @@ SPO_ATTRIBUTES = ("loss_types", "loss_weights", "precompute_ref_logps", "_metric
 
 __all__ = [
     "CALLED_BY_SPO",
+    "CALLED_IN_ROUNDS",
     "CALLED_TRAINER_METHODS",
     "DPO_ATTRIBUTES",
     "OVERRIDDEN_DATA_METHODS",

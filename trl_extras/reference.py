@@ -45,6 +45,11 @@ def mover_of_reference(callbacks: Iterable[Any]) -> str | None:
     return None
 
 
+def plain_reference(trainer: Any) -> Any:
+    """A trainer's reference model without what accelerate has put around it; `torch_compile` compiles it, too."""
+    return trainer.accelerator.unwrap_model(trainer.ref_model, keep_torch_compile=False)
+
+
 def copy_into_reference(trainer: Any) -> None:
     """Write a policy that was passed divided into the reference that TRL has loaded."""
-    FullWeights(trainer.model).copy_to(trainer.accelerator.unwrap_model(trainer.ref_model))
+    FullWeights(trainer.model).copy_to(plain_reference(trainer))

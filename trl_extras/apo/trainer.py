@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from trl import DPOTrainer
 
 from ..errors import ConfigurationError
-from ..reference import copy_into_reference, mover_of_reference, with_reference
+from ..reference import copy_into_reference, mover_of_reference, plain_reference, with_reference
 from ..rollouts.trainer import RolloutsTrainer
 from ..rounds import durable, sharding
 from ..rounds.data import batches_of, rows_fingerprint
@@ -185,7 +185,7 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
                 name: (tuple(sharding.shape_of(p)), None if self.is_deepspeed_enabled else p.dtype)
                 for name, p in model.named_parameters()
             }
-            for model in (self.model, self.accelerator.unwrap_model(self.ref_model))
+            for model in (self.model, plain_reference(self))
         )
         for name in sorted(wanted.keys() | given.keys()):
             if wanted.get(name) != given.get(name):
@@ -333,7 +333,7 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
         elif self._weights.has_reference:
             self.ref_model = None
         else:
-            model = self.accelerator.unwrap_model(self.ref_model)
+            model = plain_reference(self)
             if restored:
                 self._weights.load_into(model, folder.policy)
                 self._check_reference(model, folder)
@@ -351,7 +351,7 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
     def _check_given_reference(self, folder: RoundFolder, restored: bool) -> str:
         """Record which `ref_model` the first round has; refuse to go on with another. Returns its hash."""
         assert self.ref_model is not None
-        reference = FullWeights(self.accelerator.unwrap_model(self.ref_model)).fingerprint()
+        reference = FullWeights(plain_reference(self)).fingerprint()
         recorded = folder.whole_manifest().get("reference")
         if restored and recorded != reference:
             raise ConfigurationError(
@@ -436,7 +436,7 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
         gathered: dict[str, list[torch.Tensor]] = {column: [] for column in _LOGPS}
         for batch in tqdm(batches, desc=what, disable=self.args.disable_tqdm or not self.is_world_process_zero()):
             self._settle_dtypes(batch)
-            logps = self.compute_ref_log_probs(self.ref_model or self.model, batch)
+            logps = self.compute_ref_log_probs(self.model if self.ref_model is None else self.ref_model, batch)
             for column, values in zip(_LOGPS, self.accelerator.gather_for_metrics(logps), strict=True):
                 gathered[column].append(values.float().cpu())
         return {column: torch.cat(values) for column, values in gathered.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
@@ -37,10 +37,14 @@ class RoundDataBuilder(Protocol):
     def __call__(self, round_index: int, policy: torch.nn.Module, seed: int) -> Any: ...
 
 
+class NoRowsYetError(ConfigurationError):
+    """Somebody reads a round's rows before the round has begun."""
+
+
 class RoundDataset(torch.utils.data.Dataset):
     """
     A map-style dataset of fixed length whose content is swapped at the start of a round. Content shorter than the
-    length is repeated in order.
+    length is repeated in order. Samplers may read it, by row or by column, like a `datasets.Dataset`.
     """
 
     def __init__(self, length: int):
@@ -53,14 +57,36 @@ class RoundDataset(torch.utils.data.Dataset):
             raise ConfigurationError(f"a round's data have {len(content)} rows, but have to have 1 to {self.length}.")
         self.content = content
 
+    @property
+    def rows(self) -> Any:
+        """The round's rows, before any of them is repeated."""
+        if self.content is None:
+            raise NoRowsYetError(
+                "`train_dataset` is read before the first round has begun, but each round has rows of its own: read "
+                "them in `_get_train_sampler`, which every round calls anew."
+            )
+        return self.content
+
+    @property
+    def column_names(self) -> list[str]:
+        """The rows' columns."""
+        names: list[str] = self.rows.column_names
+        return names
+
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Any:
-        return self.content[index % len(self.content)]
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(self.length))
+
+    def __getitem__(self, key: int | str) -> Any:
+        if isinstance(key, str):
+            column = self.rows[key]
+            return [column[index % len(column)] for index in range(self.length)]
+        return self.rows[key % len(self.rows)]
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
-        return self.content.__getitems__([index % len(self.content) for index in indices])
+        return self.rows.__getitems__([index % len(self.rows) for index in indices])
 
 
 def split_folds(keys: Sequence[Hashable] | int, num_folds: int, seed: int) -> list[list[int]]:

@@ -33,7 +33,7 @@ from transformers.utils import logging
 from .. import __version__, sizing
 from ..errors import ConfigurationError
 from . import checkpoints, durable, optimizers, sharding, zero
-from .data import RoundDataBuilder, RoundDataset, group_keys, rows_fingerprint, split_folds
+from .data import NoRowsYetError, RoundDataBuilder, RoundDataset, group_keys, rows_fingerprint, split_folds
 from .plan import RoundPlan
 from .saving import NonFiniteError, WholeCheckpoints, asked_for, fsdp_version
 from .state import ROUNDS_DIR, STATE_VERSION, AdapterWeights, FullWeights, RoundFolder, TrainableState
@@ -115,6 +115,8 @@ class RoundsTrainer(WholeCheckpoints):
         self._plan: RoundPlan | None = None
         self._round = -1
         self._rows: RoundDataset | None = None
+        # The training loader, where its sampler is the user's own.
+        self._loader: Any = None
         self._folds: list[list[int]] | None = None
         self._num_folds = config.num_rounds if config.round_data == "split" else 1
         self._run_id: str | None = None
@@ -682,6 +684,52 @@ class RoundsTrainer(WholeCheckpoints):
             self._refuse_max_steps(max_steps, self._plan.total_steps)
         return values
 
+    def get_train_dataloader(self) -> Any:
+        """The parent's. A `_get_train_sampler` of the user's may read `train_dataset`: every round calls it anew."""
+        overridden = "_get_train_sampler" in vars(self)
+        overridden |= type(self)._get_train_sampler is not self._stock_class()._get_train_sampler
+        if self._rows is None or not overridden:
+            return super().get_train_dataloader()
+        if self._round_builder(0) is None:
+            # What it reads now is the first round's; in a later one it is called before anything is drawn.
+            self._rows.swap(self._fold(0))
+        try:
+            self._loader = super().get_train_dataloader()
+        except NoRowsYetError:
+            with self._placeholder_sampler():
+                self._loader = super().get_train_dataloader()
+        self._rows.content = None
+        return self._loader
+
+    @contextmanager
+    def _placeholder_sampler(self) -> Iterator[None]:
+        kept = {name: value for name, value in vars(self).items() if name == "_get_train_sampler"}
+        self.__dict__["_get_train_sampler"] = torch.utils.data.SequentialSampler
+        try:
+            yield
+        finally:
+            del self.__dict__["_get_train_sampler"]
+            self.__dict__.update(kept)
+
+    def _swap_rows(self, rows: Any) -> None:
+        """Put a round's rows in place, and a sampler of the user's that has seen them."""
+        if self._rows is None:
+            return
+        self._rows.swap(rows)
+        if self._loader is None:
+            return
+        sampler = self._get_train_sampler(self._rows)
+        if sampler is None or isinstance(sampler, torch.utils.data.RandomSampler):
+            # It reads no rows, and accelerate has put one with a seed of its own in its place.
+            return
+        planned = len(self._loader.get_sampler())
+        if len(sampler) != planned:
+            raise ConfigurationError(
+                f"`_get_train_sampler` draws {len(sampler)} rows in round {self._round + 1}, but every epoch of a run "
+                f"has {planned}: draw as many in every round."
+            )
+        self._loader.set_sampler(sampler)
+
     # ---- Optimizer and schedule: fresh in every round ----
 
     def _forget_optimizer(self) -> None:
@@ -834,8 +882,7 @@ class RoundsTrainer(WholeCheckpoints):
             made = time.monotonic()
             rows = self._prepare_round(round_index, rows, folder, restored=False)
             prepared = time.monotonic()
-        if self._rows is not None:
-            self._rows.swap(rows)
+        self._swap_rows(rows)
         if round_index > 0 and self.args.should_save:
             durable.discard(previous.path)
         self._round_started = time.monotonic()
@@ -857,8 +904,7 @@ class RoundsTrainer(WholeCheckpoints):
             with self._own_random_numbers(round_index), self._evaluating():
                 rows = self._make_rows(round_index, folder)
                 rows = self._prepare_round(round_index, rows, folder, restored=True)
-            if self._rows is not None:
-                self._rows.swap(rows)
+            self._swap_rows(rows)
         self._round_started = time.monotonic()
         self._boundary_seconds = dict.fromkeys(_BOUNDARY_PARTS, 0.0)
 
@@ -1052,12 +1098,14 @@ class RoundsTrainer(WholeCheckpoints):
         build = self._round_builder(round_index)
         if build is not None:
             return self._built_rows(round_index, folder, build)
-        rows = self._prepared_train_dataset
-        if self._folds:
-            fold = self._folds[round_index % len(self._folds)]
-            rows = rows.select(fold)
+        rows = self._fold(round_index)
         self._check_same_rows(rows, folder)
         return rows
+
+    def _fold(self, round_index: int) -> Any:
+        """A round's share of the training set."""
+        rows = self._prepared_train_dataset
+        return rows.select(self._folds[round_index % len(self._folds)]) if self._folds else rows
 
     def _built_rows(
         self, round_index: int, folder: RoundFolder, build: Callable[[RoundFolder], tuple[Any, dict[str, Any]]]

@@ -224,6 +224,11 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
         if args.sft_coef > 0 or self._spo_losses:
             self.add_callback(self._spo_watch)
 
+    @property
+    def _reference(self) -> Any:
+        # Not `or`: a compiled model has no truth value.
+        return self.model if self.ref_model is None else self.ref_model
+
     def _release_reference(self) -> None:
         """The reference has done its work before training."""
         self.ref_model = None
@@ -480,7 +485,7 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
             if not ahead:
                 known = self._current(training).references.get(self._current(training).position)
                 if known is None:
-                    known = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+                    known = self.compute_ref_log_probs(self._reference, inputs)
                 inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = known
 
         forward = _Forward(model, add_reference)
@@ -864,7 +869,7 @@ class SPOTrainer(WholeCheckpoints, DPOTrainer):
                         if self.precompute_ref_logps:
                             reference = inputs["ref_chosen_logps"]
                         else:
-                            known = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+                            known = self.compute_ref_log_probs(self._reference, inputs)
                             reference = known[0]
                             if self.args.sft_coef > 0:
                                 # A reference that draws random numbers has to draw them where the parent lets it,
