@@ -13,6 +13,31 @@ from .errors import ConfigurationError
 logger = logging.get_logger(__name__)
 
 
+def check_kinds(given: dict[str, Any]) -> None:
+    """
+    Refuse what is passed as `train_dataset` or `eval_dataset` and is no dataset.
+
+    Raises:
+        ConfigurationError: saying what it is, and how to make a dataset of it.
+    """
+    train, evaluation = given.get("train_dataset"), given.get("eval_dataset")
+    if train is None:
+        raise ConfigurationError("`train_dataset` is missing: pass a `datasets.Dataset`.")
+    if isinstance(train, dict):
+        raise ConfigurationError(f"`train_dataset` holds splits ({', '.join(train)}): pass one of them.")
+    sets = {"`train_dataset`": train}
+    if isinstance(evaluation, dict):
+        sets |= {f"`eval_dataset` {name!r}": rows for name, rows in evaluation.items()}
+    elif evaluation is not None:
+        sets["`eval_dataset`"] = evaluation
+    for where, rows in sets.items():
+        if not isinstance(rows, datasets.Dataset | datasets.IterableDataset):
+            raise ConfigurationError(
+                f"{where} is a {type(rows).__name__}, but wants a `datasets.Dataset`: make one with "
+                "`datasets.Dataset.from_list(rows)`, or `datasets.load_dataset` for files."
+            )
+
+
 def load_rows(field: str, given: Any, config: Any, why_kept: str) -> tuple[Any, str]:
     """
     The dataset as given to the trainer, or named by the config's fields `{field}_name`, `{field}_config` and

@@ -118,6 +118,12 @@ class APOTrainer(RolloutsTrainer, DPOTrainer):
         return cast("LoraRounds", self._weights)
 
     def _check_arguments(self, given: dict[str, Any], config: Any) -> None:
+        judged = [*self._given_judges, config.reward_funcs, config.ranker]
+        if isinstance(given["train_dataset"], datasets.IterableDataset) and any(judge is not None for judge in judged):
+            raise ConfigurationError(
+                "A streaming `train_dataset` does not work with `reward_funcs` or a `ranker`: prompts to sample for "
+                "are looked up by number. Load the dataset without streaming."
+            )
         super()._check_arguments(given, config)
         model, outputs = given.get("model"), self._adapter_outputs(config)
         if outputs and given.get("peft_config") is None and not hasattr(model, "peft_config"):

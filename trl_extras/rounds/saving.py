@@ -26,6 +26,7 @@ from transformers.utils import logging
 from .. import __version__
 from .._compat import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 from ..errors import ConfigurationError
+from ..named_data import check_kinds
 from ..tensor_files import WeightsFolder
 from ..used_up import UsedUp
 from . import checkpoints, durable, sharding
@@ -134,6 +135,7 @@ class WholeCheckpoints(_Parent):
                 f"`args` has to be of type {self.config_class.__name__} for {type(self).__name__}, but is of type "
                 f"{type(config).__name__}: the former has the same fields and its own."
             )
+        check_kinds(given)
         return given
 
     def _check_resume(self, config: Any) -> None:

@@ -1162,8 +1162,7 @@ class RoundsTrainer(WholeCheckpoints):
         if len(rows) == 0:
             raise ConfigurationError(
                 f"Round {round_index + 1}: all {len(built)} rows of the round data builder were dropped in "
-                "preparation, "
-                "because their prompts alone fill `max_length`."
+                "preparation, because their responses are empty, or their prompts alone fill `max_length`."
             )
         return rows
 

@@ -150,7 +150,7 @@ class SFTRows:
             )
         if len(rows) < given:
             logger.warning(
-                f"{given - len(rows)} of {given} SFT rows are left out: they have no token to learn within "
+                f"{given - len(rows)} of {given} SFT rows are left out: they are empty, or their prompts alone fill "
                 f"`max_length` ({config.max_length})."
             )
         self.rows = rows

@@ -152,8 +152,6 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
 
     def _check_arguments(self, given: dict[str, Any], config: SPRConfig) -> None:
         train = given.get("train_dataset")
-        if train is None:
-            raise ConfigurationError("`train_dataset` is missing: pass prompts, or prompts with responses.")
         for name in ("formatting_func", "compute_loss_func"):
             if given.get(name) is not None:
                 raise ConfigurationError(
@@ -387,19 +385,22 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         ]
         rows = offline.rows.select_columns(wanted).add_column("_row", list(range(number)))
         rows = self._with_prompt_ids(rows, processing_class, args, "offline")
+        lengths = [len(ids) for ids in rows["prompt_ids"]]
         if limit is not None and offline.behavior is not None:
             # One token more tells a response that would be cut from one that just fits.
             args = copy.copy(args)
             args.max_length = limit + 1
         rows = super()._prepare_dataset(rows, processing_class, args, False, None, "offline")
         kept = rows["_row"]
+        lost = [lengths[row] for row in set(range(number)) - set(kept)]
+        full = sum(limit is not None and length >= limit for length in lost)
+        why = " or ".join(
+            [f"their prompts alone fill `max_length` ({limit})"] * (full > 0) + ["they are empty"] * (full < len(lost))
+        )
         if not kept:
-            raise ConfigurationError(f"{offline.where}: the prompts alone fill `max_length` ({limit}): raise it.")
-        if len(kept) < number:
-            self._warn(
-                f"{number - len(kept)} of {number} responses of {offline.where} are left out, because their prompts "
-                f"alone fill `max_length` ({limit})."
-            )
+            raise ConfigurationError(f"{offline.where}: no response has a token to learn, because {why}.")
+        if lost:
+            self._warn(f"{len(lost)} of {number} responses of {offline.where} are left out, because {why}.")
         if limit is not None and offline.behavior is not None:
             cut = sum(len(ids) > limit for ids in rows["input_ids"])
             if cut:
