@@ -233,6 +233,23 @@ def test_a_sampler_reads_the_rows_of_the_round_that_it_resumes_in(make_apo: Any,
         assert tiny.same_weights(whole.model, resumed.model)
 
 
+def test_a_random_sampler_that_reads_rows_shuffles_those_that_are_made(make_apo: Any) -> None:
+    def shuffled(dataset: Any = None) -> Any:
+        assert dataset["chosen_ids"]
+        return torch.utils.data.RandomSampler(dataset, generator=torch.Generator().manual_seed(0))
+
+    orders = []
+    for sampler in (shuffled, torch.utils.data.SequentialSampler):
+        trainer = make_apo(num_rounds=2)
+        trainer._get_train_sampler = sampler
+        trainer.round_data_builder = lambda round_index, policy, seed: tiny.make_pairs(12, seed=5)
+        orders.append(seen_by(trainer, "chosen_ids"))
+        trainer.train()
+    assert orders[0] != orders[1]
+    first, second = (sorted(length for step in steps for length in step) for steps in orders)
+    assert first == second
+
+
 def test_a_sampler_that_changes_its_length_is_refused(make_apo: Any) -> None:
     trainer = make_apo(num_rounds=2)
     trainer._get_train_sampler = lambda dataset=None: range(12 - 2 * max(trainer._round, 0))

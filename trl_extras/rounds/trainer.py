@@ -718,11 +718,12 @@ class RoundsTrainer(WholeCheckpoints):
         self._rows.swap(rows)
         if self._loader is None:
             return
-        sampler = self._get_train_sampler(self._rows)
-        if sampler is None or isinstance(sampler, torch.utils.data.RandomSampler):
+        sampler, before = self._get_train_sampler(self._rows), self._loader.get_sampler()
+        shuffles = torch.utils.data.RandomSampler
+        if sampler is None or (isinstance(sampler, shuffles) and isinstance(before, shuffles)):
             # It reads no rows, and accelerate has put one with a seed of its own in its place.
             return
-        planned = len(self._loader.get_sampler())
+        planned = len(before)
         if len(sampler) != planned:
             raise ConfigurationError(
                 f"`_get_train_sampler` draws {len(sampler)} rows in round {self._round + 1}, but every epoch of a run "
