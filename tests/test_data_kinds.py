@@ -94,6 +94,6 @@ def test_an_empty_response_is_not_too_long(base: Path, tmp_path: Path, caplog: A
 
     rows = [row("w1", "w2"), row("w1", ""), row("w2", "w3"), row(" ".join(["w4"] * 40), "w5")]
     make_spr(base, tmp_path, datasets.Dataset.from_list(rows[:3]), num_rounds=1)
-    assert "1 of 3 responses of `train_dataset` are left out, because they are empty." in caplog.text
+    assert "1 of 3 responses of `train_dataset` are left out, because their texts are empty." in caplog.text
     make_spr(base, tmp_path, datasets.Dataset.from_list(rows), num_rounds=1)
     assert "2 of 4 responses of `train_dataset` are left out, because their prompts alone fill" in caplog.text

@@ -394,13 +394,12 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         kept = rows["_row"]
         lost = [lengths[row] for row in set(range(number)) - set(kept)]
         full = sum(limit is not None and length >= limit for length in lost)
-        why = " or ".join(
-            [f"their prompts alone fill `max_length` ({limit})"] * (full > 0) + ["they are empty"] * (full < len(lost))
-        )
+        why = [f"prompts alone fill `max_length` ({limit})"] * (full > 0) + ["texts are empty"] * (full < len(lost))
         if not kept:
-            raise ConfigurationError(f"{offline.where}: no response has a token to learn, because {why}.")
+            raise ConfigurationError(f"{offline.where}: the {' or the '.join(why)}, so that nothing is left to learn.")
         if lost:
-            self._warn(f"{len(lost)} of {number} responses of {offline.where} are left out, because {why}.")
+            their = " or their ".join(why)
+            self._warn(f"{len(lost)} of {number} responses of {offline.where} are left out, because their {their}.")
         if limit is not None and offline.behavior is not None:
             cut = sum(len(ids) > limit for ids in rows["input_ids"])
             if cut:
