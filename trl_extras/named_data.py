@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import datasets
 from transformers.utils import logging
 
 from .errors import ConfigurationError
+from .rows import plain
 
 
 logger = logging.get_logger(__name__)
@@ -38,6 +40,18 @@ def check_kinds(given: dict[str, Any]) -> None:
             )
 
 
+# What reads a file by its suffix.
+_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+
+
+def load(name: str, config: str | None = None, **more: Any) -> Any:
+    """What `datasets.load_dataset` loads, of a file as well as of a folder or a dataset on the Hub."""
+    reader = _READERS.get(Path(name).suffix)
+    if reader is not None and Path(name).is_file():
+        return datasets.load_dataset(reader, data_files=name, **more)
+    return datasets.load_dataset(name, name=config, **more)
+
+
 def load_rows(field: str, given: Any, config: Any, why_kept: str) -> tuple[Any, str]:
     """
     The dataset as given to the trainer, or named by the config's fields `{field}_name`, `{field}_config` and
@@ -60,7 +74,7 @@ def load_rows(field: str, given: Any, config: Any, why_kept: str) -> tuple[Any, 
     elif name is not None:
         where, split = f"`{field}_name` ({name!r})", getattr(config, f"{field}_split") or "train"
         try:
-            given = datasets.load_dataset(name, name=getattr(config, f"{field}_config"), split=split)
+            given = load(name, getattr(config, f"{field}_config"), split=split)
         except Exception as error:
             raise ConfigurationError(f"{where}, split {split!r}, cannot be loaded: {error}") from error
     if given is None:
@@ -73,4 +87,4 @@ def load_rows(field: str, given: Any, config: Any, why_kept: str) -> tuple[Any, 
         )
     if len(given) == 0:
         raise ConfigurationError(f"{where} is empty, but wants at least one row.")
-    return given, where
+    return plain(given), where

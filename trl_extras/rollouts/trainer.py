@@ -30,6 +30,7 @@ from ..rounds import durable, sharding
 from ..rounds.data import rows_fingerprint
 from ..rounds.state import ROUNDS_DIR, RoundFolder
 from ..rounds.trainer import RoundsTrainer
+from ..rows import check_prompts, plain
 from .config import EXTERNAL
 from .judges import JudgementError, Ranker, Rewards, public_name, same_judges
 from .labels import WaitingForLabels, label_rows, read_labels
@@ -186,6 +187,11 @@ class RolloutsTrainer(RoundsTrainer):
                 "round: leave one out."
             )
 
+    def _check_raw_rows(self, rows: datasets.Dataset, where: str) -> None:
+        super()._check_raw_rows(rows, where)
+        if self._is_prompts(rows):
+            check_prompts(rows, where)
+
     def _is_prompts(self, dataset: Any) -> bool:
         """Whether completions of a dataset's rows have to be sampled; a method's own."""
         return is_prompts(dataset)
@@ -321,8 +327,9 @@ class RolloutsTrainer(RoundsTrainer):
         """Prompts with `prompt_ids`, tokenised as the parent tokenises the prompts of pairs."""
         if "prompt_ids" in dataset.column_names:
             return dataset
-        for row in dataset.select_columns(["prompt"]):
-            _check_prompt(row["prompt"], dataset_name)
+        dataset = plain(dataset)
+        if not any(dataset is known for known in self._read):
+            check_prompts(dataset, f"The {dataset_name} set")
         dataset = self._with_prompt_ids(dataset, processing_class, args, dataset_name)
         return self._fitting(dataset, args, dataset_name)
 
@@ -396,6 +403,7 @@ class RolloutsTrainer(RoundsTrainer):
                 f"`prompts_per_round` is {wanted}, but a round has {available} prompts, once equal ones are kept "
                 "together and those that do not fit are left out: use fewer."
             )
+        self._check_positions()
         self._prompts_digest = rows_fingerprint(self._prepared_train_dataset)
         judges = json.dumps(self._judged_with(), sort_keys=True).encode()
         sharding.agree(
@@ -413,6 +421,20 @@ class RolloutsTrainer(RoundsTrainer):
             # Before the folder is this run's: a start that is refused must not take it from the run that was there.
             # Weights that are divided later have another hash then, by which rollouts are found.
             self._check_rollouts()
+
+    def _check_positions(self) -> None:
+        """What is sampled has to fit into the model's positions, where it says how many it has."""
+        config = self.accelerator.unwrap_model(self.model).config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is None or self.args.num_generations == 0:
+            return
+        for ids in self._prepared_train_dataset["prompt_ids"]:
+            if len(ids) + self.args.max_completion_length > positions:
+                raise ConfigurationError(
+                    f"`train_dataset`: the prompt that begins with {self._text_tokenizer().decode(ids[:10])!r} has "
+                    f"{len(ids)} tokens, which with `max_completion_length` ({self.args.max_completion_length}) are "
+                    f"more than the model's {positions} positions: leave it out, or lower `max_completion_length`."
+                )
 
     def _check_rollouts(self) -> None:
         """Refuse rollouts on disk that the first round can neither use nor replace."""
@@ -1135,21 +1157,6 @@ def _safe(name: str) -> str:
     return plain if plain == name else f"{plain}-{xxhash.xxh3_64_hexdigest(name.encode())[:8]}"
 
 
-def _check_prompt(prompt: Any, dataset_name: str) -> None:
-    if isinstance(prompt, str):
-        return
-    if not isinstance(prompt, list) or not prompt or not isinstance(prompt[-1], dict):
-        raise ConfigurationError(
-            f"a prompt of the {dataset_name} set is of type {type(prompt).__name__}, but has to be text or a list of "
-            "messages."
-        )
-    if prompt[-1].get("role") == "assistant":
-        raise ConfigurationError(
-            f"a prompt of the {dataset_name} set ends with a message of the assistant, but its answer is what is "
-            "sampled: end prompts with the user's message."
-        )
-
-
 def _as_json(values: Sequence[Any]) -> list[str]:
     return [json.dumps(value, default=str) for value in values]
 
@@ -1214,9 +1221,11 @@ def _flat(values: dict[str, Any]) -> dict[str, float]:
 
 def _table(task: _Task, rows: Sequence[dict[str, Any]]) -> pa.Table:
     """The documented form: a row a prompt, in the order of the round."""
+    prompts = task.prompts.select_columns(["prompt"]).select([row["position"] for row in rows])
     numbers, several = pa.list_(pa.float64()), pa.list_(pa.list_(pa.int32()))
     columns: dict[str, pa.Array] = {
-        "prompt": pa.array([task.prompts[row["position"]]["prompt"] for row in rows]),
+        # As the dataset has it in Arrow: turns of mixed types are JSON there.
+        "prompt": prompts.with_format("arrow")[:].column("prompt").combine_chunks(),
         "row": pa.array([row["position"] for row in rows], pa.int64()),
         "prompt_ids": pa.array([row["prompt_ids"] for row in rows], pa.list_(pa.int32())),
         "completions": pa.array([row["completions"] for row in rows], pa.list_(pa.string())),

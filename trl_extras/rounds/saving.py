@@ -27,6 +27,7 @@ from .. import __version__
 from .._compat import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
 from ..errors import ConfigurationError
 from ..named_data import check_kinds
+from ..rows import check_extracted, check_pairs, check_templates, plain
 from ..tensor_files import WeightsFolder
 from ..used_up import UsedUp
 from . import checkpoints, durable, sharding
@@ -108,6 +109,8 @@ class WholeCheckpoints(_Parent):
     # Of a model with an adapter, the names of what is trained.
     _adapter_names: frozenset[str] = frozenset()
     _dated: DatedRows
+    # Datasets whose rows have been looked at.
+    _read: list[datasets.Dataset]
     _made_with: UsedUp
 
     # ---- The constructor's arguments ----
@@ -123,6 +126,7 @@ class WholeCheckpoints(_Parent):
         if len(args) > len(names) or set(names[: len(args)]) & kwargs.keys():
             raise TypeError(f"{type(self).__name__} takes the arguments of {stock.__name__}, each once: {names}.")
         self.__dict__.setdefault("_dated", DatedRows())
+        self.__dict__.setdefault("_read", [])
         # Keywords that TRL's class does not know are those of a class in between.
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         config = given.get("args")
@@ -136,7 +140,32 @@ class WholeCheckpoints(_Parent):
                 f"{type(config).__name__}: the former has the same fields and its own."
             )
         check_kinds(given)
+        self._read_rows(given)
         return given
+
+    def _read_rows(self, given: dict[str, Any]) -> None:
+        """The datasets as they are read, once, and what can be known to be wrong with their rows."""
+        tokenizer = given.get("processing_class")
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        for field in ("train_dataset", "eval_dataset"):
+            value = given.get(field)
+            named = value if isinstance(value, dict) else {"": value}
+            read = {name: plain(rows) for name, rows in named.items()}
+            given[field] = read if isinstance(value, dict) else read[""]
+            for name, rows in read.items():
+                if any(rows is known for known in self._read) or not isinstance(rows, datasets.Dataset):
+                    continue
+                self._read.append(rows)
+                where = f"`{field}`" + (f" {name!r}" if name else "")
+                self._check_raw_rows(rows, where)
+                if tokenizer is not None:
+                    check_templates(rows, where, tokenizer)
+
+    def _check_raw_rows(self, rows: datasets.Dataset, where: str) -> None:
+        """Refuse rows that would be read as something else; a method's own."""
+        if {"chosen", "rejected"} <= set(rows.column_names):
+            check_pairs(rows, where)
+            check_extracted(rows, where)
 
     def _check_resume(self, config: Any) -> None:
         """Check the checkpoint that the configuration names; one given to `train()` alone is checked there."""
@@ -188,13 +217,20 @@ class WholeCheckpoints(_Parent):
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any, **named: Any) -> Any:
         prepare: Any = super()._prepare_dataset
-        return self._dated.rows(
+        rows = self._dated.rows(
             dataset,
             processing_class,
             args,
             self._stock_class().__name__,
             lambda: prepare(dataset, processing_class, args, *rest, **named),
         )
+        if isinstance(rows, datasets.Dataset) and len(rows) == 0 < len(dataset):
+            name = named.get("dataset_name") or rest[-1]
+            raise ConfigurationError(
+                f"All {len(dataset)} rows of the {name} set are dropped, because their prompts alone fill "
+                f"`max_length` ({args.max_length}): raise it."
+            )
+        return rows
 
     # ---- The run ----
 
@@ -218,6 +254,7 @@ class WholeCheckpoints(_Parent):
 
     def _begin(self, checkpoint: Path | None) -> None:
         """The checkpoint to go on from is settled, and upstream has not begun."""
+        self._check_vocabulary()
         self._dated.keep(self._output_dir, self.args.should_save, self.accelerator.wait_for_everyone)
         if is_peft_model(self.model):
             trained = (name for name, weight in self.model.named_parameters() if weight.requires_grad)
@@ -313,6 +350,17 @@ class WholeCheckpoints(_Parent):
             durable.sweep(self._folders_to_sweep())
             durable.remove(self._output_dir / checkpoints.STAGING_DIR)
         self.accelerator.wait_for_everyone()
+
+    def _check_vocabulary(self) -> None:
+        """A token without an embedding fails in the middle of a step, or on a GPU somewhere else."""
+        tokenizer: Any = getattr(self.processing_class, "tokenizer", self.processing_class)
+        embeddings = self.accelerator.unwrap_model(self.model).get_input_embeddings()
+        pad, known = tokenizer.pad_token_id, getattr(embeddings, "num_embeddings", None)
+        if pad is not None and known is not None and pad >= known:
+            raise ConfigurationError(
+                f"The padding token {tokenizer.pad_token!r} has the id {pad}, but the model has {known} embeddings: "
+                "call `model.resize_token_embeddings(len(tokenizer))`, or use EOS for padding."
+            )
 
     def _folders_to_sweep(self) -> list[Path]:
         """Where a killed run may have left files under temporary names."""

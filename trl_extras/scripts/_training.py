@@ -103,10 +103,10 @@ class TrainingScript:
     ) -> dict[str, Any]:
         """What the trainer is made with; loads the dataset."""
         from accelerate.logging import get_logger
-        from datasets import load_dataset
         from trl import get_dataset, get_peft_config, get_quantization_config
 
         from trl_extras.errors import ConfigurationError
+        from trl_extras.named_data import load
 
         _refuse_missing_folder(str(model_args.model_name_or_path))
         train_split, test_split = script_args.dataset_train_split, script_args.dataset_test_split
@@ -117,8 +117,8 @@ class TrainingScript:
             if dataset_args.datasets:
                 dataset: Any = get_dataset(dataset_args)
             else:
-                dataset = load_dataset(
-                    script_args.dataset_name, name=script_args.dataset_config, streaming=script_args.dataset_streaming
+                dataset = load(
+                    script_args.dataset_name, script_args.dataset_config, streaming=script_args.dataset_streaming
                 )
         except Exception as error:
             raise ConfigurationError(f"{where}, split {train_split!r}, cannot be loaded: {error}") from error

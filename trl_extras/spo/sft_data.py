@@ -58,7 +58,26 @@ def load_rows(sft_dataset: Any, config: Any) -> Any:
             f"{where} has the columns {sorted(columns)}, but wants a format of SFTTrainer's: `text`, `messages`, or "
             f"`prompt` and `completion`.{hint}"
         )
-    return sft_dataset
+    return _used_columns(sft_dataset, where)
+
+
+# In the order in which they are looked for, with what goes with them; the first that a dataset has is used.
+_FORMATS: tuple[tuple[str, ...], ...] = (
+    ("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",), ("text",),
+)  # fmt: skip
+_WITH_TOKENS = {"labels", "completion_mask", "assistant_masks", "attention_mask"}
+
+
+def _used_columns(dataset: datasets.Dataset, where: str) -> datasets.Dataset:
+    """Rows in one format: SFTTrainer looks at several, and puts the end of text after one of them alone."""
+    columns = set(dataset.column_names)
+    used = next(names for names in _FORMATS if set(names) <= columns)
+    others = sorted({name for names in _FORMATS for name in names} & columns - set(used))
+    if others:
+        names, left = (", ".join(f"`{name}`" for name in some) for some in (used, others))
+        logger.warning(f"{where}: {names} is trained on, and not {left}.")
+    beside = _WITH_TOKENS if used == ("input_ids",) else {"chat_template_kwargs"}
+    return dataset.select_columns([name for name in dataset.column_names if name in {*used, *beside}])
 
 
 def processing_class_of(given: dict[str, Any], config: Any) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 from trl import extract_prompt
 
 from ..errors import ConfigurationError
+from ..rows import check_extracted
 from .config import SPRConfig
 
 
@@ -117,6 +118,7 @@ def read_responses(dataset: Any, where: str, config: SPRConfig) -> Responses | N
                 f"{where} has preference pairs with one column `{name}`: give each response its own, as "
                 f"`chosen_{name}` and `rejected_{name}`, or leave it out."
             )
+        check_extracted(dataset, where)
         dataset = _expanded(dataset, where, names)
     if logps and logps not in dataset.column_names:
         wanted = f"`chosen_{logps}` and `rejected_{logps}`" if pairs else f"`{logps}`"

@@ -43,6 +43,7 @@ from ..rollouts.trainer import RolloutsTrainer, _Task, is_prompts
 from ..rounds import sharding
 from ..rounds.data import batches_of, rows_fingerprint
 from ..rounds.state import RoundFolder
+from ..rows import check_responses
 from .config import SPRConfig
 from .offline import REWARD, TRAINING_SET, Responses, each_once, has_responses, prompts_of, read_responses, without
 from .phases import PhaseMemory
@@ -243,6 +244,11 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
                     "a column `completion`, or pass an `offline_dataset`, or leave it out."
                 )
 
+    def _check_raw_rows(self, rows: datasets.Dataset, where: str) -> None:
+        # Responses are looked at where they are read, one by one.
+        if not has_responses(rows):
+            super()._check_raw_rows(rows, where)
+
     def _judged_sets(self, train: Any, named: dict[str, Any]) -> dict[str, Any]:
         asked = super()._judged_sets(train, named)
         asked = {where: dataset for where, dataset in asked.items() if dataset is not train}
@@ -343,6 +349,9 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
             # A set for evaluation that somebody calls so.
             name = "eval train"
             rest, named = (*rest[:-1], name) if rest else rest, named | ({} if rest else {"dataset_name": name})
+        if {"prompt", "completion", "text"} <= set(dataset.column_names or ()):
+            # Upstream would put the end of text after the one that it does not train on.
+            dataset = dataset.remove_columns("text")
         prepared = super()._prepare_dataset(dataset, processing_class, args, *rest, **named)
         columns = getattr(prepared, "column_names", None) or []
         if self._judge is not None and "prompt" in columns and "prompt_ids" not in columns:
@@ -383,6 +392,7 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
         wanted = [
             name for name in ("prompt", "completion", "chat_template_kwargs") if name in offline.rows.column_names
         ]
+        check_responses(offline.rows, offline.where, getattr(processing_class, "tokenizer", processing_class))
         rows = offline.rows.select_columns(wanted).add_column("_row", list(range(number)))
         rows = self._with_prompt_ids(rows, processing_class, args, "offline")
         lengths = [len(ids) for ids in rows["prompt_ids"]]
