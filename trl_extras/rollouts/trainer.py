@@ -187,8 +187,8 @@ class RolloutsTrainer(RoundsTrainer):
                 "round: leave one out."
             )
 
-    def _check_raw_rows(self, rows: datasets.Dataset, where: str) -> None:
-        super()._check_raw_rows(rows, where)
+    def _check_raw_rows(self, rows: datasets.Dataset, where: str, tokenizer: Any) -> None:
+        super()._check_raw_rows(rows, where, tokenizer)
         if self._is_prompts(rows):
             check_prompts(rows, where)
 

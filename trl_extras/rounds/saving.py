@@ -157,15 +157,15 @@ class WholeCheckpoints(_Parent):
                     continue
                 self._read.append(rows)
                 where = f"`{field}`" + (f" {name!r}" if name else "")
-                self._check_raw_rows(rows, where)
-                if tokenizer is not None:
-                    check_templates(rows, where, tokenizer)
+                self._check_raw_rows(rows, where, tokenizer)
 
-    def _check_raw_rows(self, rows: datasets.Dataset, where: str) -> None:
-        """Refuse rows that would be read as something else; a method's own."""
+    def _check_raw_rows(self, rows: datasets.Dataset, where: str, tokenizer: Any) -> None:
+        """Refuse rows that would be read as something else; `tokenizer` is None where none is given."""
         if {"chosen", "rejected"} <= set(rows.column_names):
             check_pairs(rows, where)
             check_extracted(rows, where)
+        if tokenizer is not None:
+            check_templates(rows, where, tokenizer)
 
     def _check_resume(self, config: Any) -> None:
         """Check the checkpoint that the configuration names; one given to `train()` alone is checked there."""
@@ -224,8 +224,9 @@ class WholeCheckpoints(_Parent):
             self._stock_class().__name__,
             lambda: prepare(dataset, processing_class, args, *rest, **named),
         )
-        if isinstance(rows, datasets.Dataset) and len(rows) == 0 < len(dataset):
-            name = named.get("dataset_name") or rest[-1]
+        name = named.get("dataset_name") or rest[-1]
+        # SPR says it of offline responses itself.
+        if name != "offline" and isinstance(rows, datasets.Dataset) and len(rows) == 0 < len(dataset):
             raise ConfigurationError(
                 f"All {len(dataset)} rows of the {name} set are dropped, because their prompts alone fill "
                 f"`max_length` ({args.max_length}): raise it."

@@ -61,11 +61,10 @@ def load_rows(sft_dataset: Any, config: Any) -> Any:
     return _used_columns(sft_dataset, where)
 
 
-# In the order in which they are looked for, with what goes with them; the first that a dataset has is used.
+# In the order in which they are looked for; the first that a dataset has is used.
 _FORMATS: tuple[tuple[str, ...], ...] = (
     ("input_ids",), ("prompt", "completion"), ("messages",), ("conversations",), ("text",),
 )  # fmt: skip
-_WITH_TOKENS = {"labels", "completion_mask", "assistant_masks", "attention_mask"}
 
 
 def _used_columns(dataset: datasets.Dataset, where: str) -> datasets.Dataset:
@@ -73,11 +72,11 @@ def _used_columns(dataset: datasets.Dataset, where: str) -> datasets.Dataset:
     columns = set(dataset.column_names)
     used = next(names for names in _FORMATS if set(names) <= columns)
     others = sorted({name for names in _FORMATS for name in names} & columns - set(used))
-    if others:
-        names, left = (", ".join(f"`{name}`" for name in some) for some in (used, others))
-        logger.warning(f"{where}: {names} is trained on, and not {left}.")
-    beside = _WITH_TOKENS if used == ("input_ids",) else {"chat_template_kwargs"}
-    return dataset.select_columns([name for name in dataset.column_names if name in {*used, *beside}])
+    if not others:
+        return dataset
+    names, left = (", ".join(f"`{name}`" for name in some) for some in (used, others))
+    logger.warning(f"{where}: {names} is trained on, and not {left}.")
+    return dataset.remove_columns(others)
 
 
 def processing_class_of(given: dict[str, Any], config: Any) -> Any:

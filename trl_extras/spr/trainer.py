@@ -244,10 +244,10 @@ class SPRTrainer(RolloutsTrainer, SFTTrainer):
                     "a column `completion`, or pass an `offline_dataset`, or leave it out."
                 )
 
-    def _check_raw_rows(self, rows: datasets.Dataset, where: str) -> None:
+    def _check_raw_rows(self, rows: datasets.Dataset, where: str, tokenizer: Any) -> None:
         # Responses are looked at where they are read, one by one.
         if not has_responses(rows):
-            super()._check_raw_rows(rows, where)
+            super()._check_raw_rows(rows, where, tokenizer)
 
     def _judged_sets(self, train: Any, named: dict[str, Any]) -> dict[str, Any]:
         asked = super()._judged_sets(train, named)
