@@ -20,7 +20,7 @@ import datasets
 import torch
 from accelerate.utils import DistributedType, is_peft_model
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 
 from .. import __version__
@@ -146,7 +146,9 @@ class WholeCheckpoints(_Parent):
     def _read_rows(self, given: dict[str, Any]) -> None:
         """The datasets as they are read, once, and what can be known to be wrong with their rows."""
         tokenizer = given.get("processing_class")
-        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        if isinstance(tokenizer, ProcessorMixin):
+            # It has a template of its own, and messages are made into parts for it first.
+            tokenizer = None
         for field in ("train_dataset", "eval_dataset"):
             value = given.get(field)
             named = value if isinstance(value, dict) else {"": value}

@@ -47,12 +47,13 @@ class DatedRows:
             what: which preparation `make` is.
         """
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        if _CLOCK not in str(tokenizer.chat_template) or not isinstance(dataset, datasets.Dataset):
+        template = f"{processing_class.chat_template} {tokenizer.chat_template}"
+        if _CLOCK not in template or not isinstance(dataset, datasets.Dataset):
             return make()
         if len(dataset) == 0 or not is_conversational(dataset[0]):
             return make()
         settings = {name: value for name, value in vars(args).items() if name in _SETTINGS}
-        made_of = [what, rows_fingerprint(dataset), tokenizer.chat_template, sorted(tokenizer.get_vocab().items())]
+        made_of = [what, rows_fingerprint(dataset), template, sorted(tokenizer.get_vocab().items())]
         key = xxhash.xxh3_128_hexdigest(json.dumps([*made_of, settings], sort_keys=True, default=str).encode())
         here, resumed = Path(args.output_dir), Path(str(args.resume_from_checkpoint)).parent
         known = next(
