@@ -164,7 +164,8 @@ class Watch:
     def before(self, module: Any, args: Any, kwargs: Any) -> None:
         import torch
 
-        if self.sampled is None and not self.measuring:
+        # In inference mode outside of sampling the sampler looks at the model: one short pass, which is no stage.
+        if self.sampled is None and not self.measuring and not torch.is_inference_mode_enabled():
             label = training_label if torch.is_grad_enabled() else reference_label
             self.meter.enter(label(self.trained))
 
@@ -173,7 +174,7 @@ class Watch:
 
         if self.sampled is not None:
             self.meter.advance(self.sampled)
-        elif not self.measuring and not torch.is_grad_enabled():
+        elif not (self.measuring or torch.is_grad_enabled() or torch.is_inference_mode_enabled()):
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             self.meter.advance(ids.shape[0] / 2)
 
