@@ -1,4 +1,4 @@
-"""The quickstart's data (parsing, prompts, pairs, folds) and its estimate of the time left. No downloads, no model."""
+"""The quickstart's data (parsing, prompts, pairs, folds) and its estimate of the time left. No downloads."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import tiny
+from trl_extras.rollouts.sampling import SamplingSettings, TransformersSampler
 
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "recipes" / "quickstart"
@@ -297,3 +300,14 @@ def test_text_to_keep_is_no_text_in_use_and_begins_with_no_prompt() -> None:
     assert not set(kept) & {used[0], *begun}
     with pytest.raises(ValueError, match=f"1 to {most} are possible"):
         film_lines.kept_texts(snippets, used, most + 1, 0)
+
+
+def test_the_samplers_own_look_at_the_model_is_no_stage(progress: Any, clock: list[float]) -> None:
+    """One short pass before it samples, with no label of its own: as after the last round."""
+    meter, model = _meter(progress, []), tiny.make_model().eval()
+    settings = SamplingSettings(1.0, 1.0, 0, None, 1.0, 4, (1,), 0)
+    watch = progress.Watch(meter, model, prompts=24, batch_size=4)
+    watch.trained = watch.ended = 3
+    with watch:
+        TransformersSampler(model, settings)([[5, 6], [7, 8, 9]], 1, seed=0)
+    assert meter.stages[meter.current].label == progress.held_out_label(3, True)
